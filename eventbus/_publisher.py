@@ -1,0 +1,252 @@
+"""The publishing half of a bus: from an event to the transport, and the outcome back.
+
+Encoding, size and channel are checked before anything is queued, so that a refused call leaves no
+trace. The number on the channel is given by the transport when the bytes go to the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from itertools import count
+from time import time_ns
+from types import MappingProxyType
+from typing import Any
+
+from eventbus._envelope import encode_data, write_head
+from eventbus._errors import BusUnavailable, InvalidChannel, InvalidEvent, PayloadTooLarge, PublishUncertain
+from eventbus._events import Event, channel_of
+from eventbus._messages import EMPTY, Message, Receipt, check_headers
+from eventbus._patterns import check_channel
+from eventbus._reports import Reports
+from eventbus._settings import Settings
+from eventbus.transports.base import Outcome, Outgoing, Transport
+
+Middleware = Callable[[Message[Any], Callable[[Message[Any]], Awaitable[Any]]], Awaitable[Any]]
+
+_MAX_CHANNELS = 8192
+_ENVELOPE_ROOM = 20
+"""Bytes that a sequence number may add."""
+
+
+class _Clock:
+    """The time as RFC 3339 text, with the calendar worked out once a second."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._text = ""
+
+    def now(self) -> str:
+        second, rest = divmod(time_ns(), 1_000_000_000)
+        if second != self._second:
+            self._second = second
+            self._text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
+        return f"{self._text}{rest // 1000:06d}Z"
+
+
+class Publisher:
+    """Publishing on a started bus. `source` and `instance` are those of this start."""
+
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        reports: Reports,
+        middleware: Sequence[Middleware],
+        source: str,
+        instance: str,
+        settings: Settings,
+    ) -> None:
+        self.published = self.refused = self.uncertain = self.failed = self.conflated = 0
+        self._transport = transport
+        self._reports = reports
+        self._middleware = tuple(middleware)
+        self._source = source
+        self._instance = instance
+        self._prefix = settings.prefix
+        self._bare = settings.bare
+        self._max_payload = settings.max_payload
+        self._count = count(1)
+        self._clock = _Clock()
+        self._channels: dict[str, bytes] = {}
+        self._unwatched: dict[Outgoing, tuple[str, Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.get_running_loop()
+
+    async def publish(self, channel: str | Event, event: Event | None = None) -> Receipt:
+        """See `EventBus.publish`."""
+        name, event = _arguments(channel, event)
+        if self._middleware:
+            return await self._through(0, self._message(name, event))
+        outgoing = self._encode(name, event, self._next_id(), self._clock.now(), EMPTY)
+        return Receipt(outgoing.id, await self._send(outgoing))
+
+    async def _send(self, outgoing: Outgoing) -> int | None:
+        future = outgoing.future = self._loop.create_future()
+        self._hand_over(outgoing)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not outgoing.written:
+                outgoing.ended = True  # withdrawn: certainly not sent
+            raise
+
+    def publish_nowait(self, channel: str | Event, event: Event | None = None) -> str:
+        """See `EventBus.publish_nowait`."""
+        name, event = _arguments(channel, event)
+        if self._middleware:
+            message = self._message(name, event)
+            self._check(name, event)
+            self._keep(self._loop.create_task(self._unwatched_through(message)))
+            return str(message.id)
+        outgoing = self._encode(name, event, self._next_id(), self._clock.now(), EMPTY)
+        self._hand_over(outgoing)
+        if not outgoing.ended:
+            self._unwatched[outgoing] = (name, event)
+        return str(outgoing.id)
+
+    def _hand_over(self, outgoing: Outgoing) -> None:
+        try:
+            self._transport.publish(outgoing)
+        except BusUnavailable:
+            self.refused += 1
+            raise
+
+    async def publish_raw(self, channel: str, data: bytes) -> Receipt:
+        """See `EventBus.publish_raw`."""
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise InvalidEvent(f"publish_raw takes bytes, not {type(data).__name__}")
+        wire = self._wire_name(channel)
+        self._check_size(len(data), channel)
+        return Receipt(None, await self._send(Outgoing(wire, bytes(data), owner=self._ended)))
+
+    # -- Encoding --------------------------------------------------------------------------------
+
+    def _next_id(self) -> str:
+        return f"{self._instance}-{next(self._count)}"
+
+    def _wire_name(self, channel: str) -> bytes:
+        wire = self._channels.get(channel)
+        if wire is None:
+            wire = check_channel(channel, self._prefix)
+            if len(self._channels) >= _MAX_CHANNELS:
+                self._channels.clear()
+            self._channels[channel] = wire
+        return wire
+
+    def _check_size(self, size: int, channel: str) -> None:
+        if size > self._max_payload:
+            raise PayloadTooLarge(
+                f"the message for channel {channel!a} has {size} bytes, over max_payload"
+                f" ({self._max_payload}); publish a key and keep the value elsewhere",
+                channel=channel,
+                size=size,
+            )
+
+    def _check(self, channel: str, event: Event) -> bytes:
+        """Raise at once what is known at once. Returns the data."""
+        self._wire_name(channel)
+        data = encode_data(event)
+        self._check_size(len(data), channel)
+        return data
+
+    def _encode(self, channel: str, event: Event, id: str, time: str, headers: Any) -> Outgoing:
+        wire = self._wire_name(channel)
+        data = encode_data(event)
+        if self._bare:
+            self._check_size(len(data), channel)
+            return Outgoing(wire, data, id=id, owner=self._ended)
+        before, after = write_head(id, self._source, type(event).__event_type__, time, headers)
+        after = after + data + b"}"
+        self._check_size(len(before) + len(after) + _ENVELOPE_ROOM, channel)
+        return Outgoing(wire, before, after, numbered=True, id=id, owner=self._ended)
+
+    # -- Middleware ------------------------------------------------------------------------------
+
+    def _message(self, channel: str, event: Event) -> Message[Any]:
+        return Message(
+            event,
+            channel,
+            id=self._next_id(),
+            source=self._source,
+            type=type(event).__event_type__,
+            time=datetime.now(UTC),
+        )
+
+    async def _through(self, depth: int, message: Message[Any]) -> Receipt:
+        if depth < len(self._middleware):
+            step: Receipt = await self._middleware[depth](
+                message, partial(self._through, depth + 1)
+            )
+            return step
+        if not isinstance(message.event, Event):
+            raise InvalidEvent("a publish middleware passed on something that is no Event")
+        check_headers(message.headers)
+        time = (message.time or datetime.now(UTC)).astimezone(UTC)
+        text = time.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        headers = MappingProxyType(dict(message.headers))
+        outgoing = self._encode(message.channel, message.event, str(message.id), text, headers)
+        return Receipt(outgoing.id, await self._send(outgoing))
+
+    async def _unwatched_through(self, message: Message[Any]) -> None:
+        try:
+            await self._through(0, message)
+        except Exception as error:
+            self.failed += 1
+            await self._reports.report(error, message, "publish")
+
+    # -- Outcomes --------------------------------------------------------------------------------
+
+    def _ended(self, outgoing: Outgoing, outcome: Outcome) -> None:
+        """Count the end of one message; what nobody awaits goes to the exception handlers."""
+        if isinstance(outcome, int):
+            self.published += 1
+        elif isinstance(outcome, PublishUncertain):
+            self.uncertain += 1
+        elif outcome == "conflated":
+            self.conflated += 1
+        else:
+            self.refused += 1
+        if self._unwatched:
+            known = self._unwatched.pop(outgoing, None)
+            if known is not None and isinstance(outcome, Exception):
+                self.failed += 1
+                message = Message(known[1], known[0], id=outgoing.id, source=self._source)
+                report = self._reports.report(outcome, message, "publish_nowait")
+                self._keep(self._loop.create_task(report))
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """Return when everything published has an outcome, and each was reported."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._transport.flush()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def close(self) -> None:
+        """Cancel what is still being reported."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def _arguments(channel: str | Event, event: Event | None) -> tuple[str, Event]:
+    """The channel and the event of a publish call. Raises InvalidEvent or InvalidChannel."""
+    if isinstance(channel, Event) and event is None:
+        return channel_of(channel), channel
+    if not isinstance(event, Event):
+        wrong = channel if event is None and not isinstance(channel, str) else event
+        raise InvalidEvent(
+            f"publish takes an Event instance, not {type(wrong).__name__}: declare"
+            " `class MyEvent(Event): ...` and publish MyEvent(...), or use publish_raw for bytes"
+        )
+    if not isinstance(channel, str):
+        raise InvalidChannel(f"a channel is a str, not {type(channel).__name__}")
+    return channel, event

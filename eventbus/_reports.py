@@ -1,0 +1,67 @@
+"""Where trouble goes that no caller waits for: the exception handlers, or else the log.
+
+Names in the log are escaped and payloads are never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from anyio import to_thread
+
+from eventbus._errors import InvalidEvent
+from eventbus._handlers import name_of
+from eventbus._messages import Message
+
+logger = logging.getLogger("eventbus")
+logger.addHandler(logging.NullHandler())
+
+ErrorHandler = Callable[[Any, Message[Any]], Awaitable[None] | None]
+
+
+def shown(name: str | None, limit: int = 200) -> str:
+    """A name for a log line: escaped, and cut when it is long."""
+    text = ascii(name)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+async def call_plain(fn: Callable[..., Any], *args: object, is_async: bool) -> None:
+    """Call a function of the user: on the loop when it is `async def`, else in a worker thread."""
+    if is_async:
+        await fn(*args)
+    else:
+        await to_thread.run_sync(partial(fn, *args), abandon_on_cancel=True)
+
+
+class Reports:
+    """The exception handlers of a bus, nearest class in the MRO first."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[type[BaseException], tuple[ErrorHandler, bool]] = {}
+
+    def register(self, kind: type[BaseException], fn: ErrorHandler, *, is_async: bool) -> None:
+        self._handlers[kind] = (fn, is_async)
+
+    async def report(self, error: BaseException, message: Message[Any], handler: str) -> None:
+        """Hand an error to its exception handler, or log it."""
+        for kind in type(error).__mro__:
+            if kind in self._handlers:
+                fn, is_async = self._handlers[kind]
+                try:
+                    await call_plain(fn, error, message, is_async=is_async)
+                except Exception:
+                    logger.exception(
+                        "exception handler %r failed for %s", name_of(fn), type(error).__name__
+                    )
+                return
+        if isinstance(error, InvalidEvent):
+            logger.error("invalid event on channel %s: %s", shown(message.channel), error)
+        elif isinstance(error, TimeoutError) and error.args:
+            logger.error("handler %r on channel %s: %s", handler, shown(message.channel), error)
+        else:
+            logger.error(
+                "handler %r failed on channel %s", handler, shown(message.channel), exc_info=error
+            )

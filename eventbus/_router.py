@@ -1,0 +1,459 @@
+"""Routing: who listens to what, what the server must be asked for, and who gets a frame.
+
+Theory of operation. Each route has patterns; each pattern is wanted as a *subscription* (SUBSCRIBE
+for a literal, PSUBSCRIBE for a glob). The *targets* are the smallest set of wanted subscriptions in
+which none covers another, so that a message crosses the wire once. Each wanted subscription has a
+`cover` (the target that should carry it) and a `carrier` (the live one that does).
+
+Carriers change only at points of the stream where the server itself changed: when a subscription is
+confirmed, or has ended. Between two such points every copy of a message meets the same carriers, so
+nothing is delivered twice or lost while the set changes. A subscription is let go only when all that
+it carries has a live cover; these `heirs` take over when it has ended.
+
+Pure: every method changes the state and returns the commands to send; the caller does the I/O.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from eventbus._patterns import Pattern, covers, glob_matches, literal_prefix, tokenize
+
+
+class Subscription(NamedTuple):
+    """What the server is asked for: `pattern` says PSUBSCRIBE, `name` is without the namespace."""
+
+    pattern: bool
+    name: bytes
+
+
+class Command(NamedTuple):
+    """One thing to send: subscribe or unsubscribe."""
+
+    subscribe: bool
+    subscription: Subscription
+
+
+R = TypeVar("R", bound=Hashable)
+
+
+class Match(NamedTuple, Generic[R]):
+    """One route that a frame goes to, with the pattern that chose it and its captures."""
+
+    route: R
+    pattern: Pattern
+    captures: dict[str, str]
+
+
+def wanted(pattern: Pattern) -> Subscription:
+    """The subscription that a pattern asks for by itself."""
+    if pattern.literal is not None:
+        return Subscription(False, pattern.literal)
+    return Subscription(True, pattern.wire)
+
+
+class _Shape(NamedTuple):
+    """What of a subscription decides coverage: its tokens, and the literal prefix of these."""
+
+    tokens: tuple[int, ...]
+    prefix: bytes
+
+
+def _shape(subscription: Subscription) -> _Shape:
+    if not subscription.pattern:
+        return _Shape(tuple(1 << byte for byte in subscription.name), subscription.name)
+    tokens = tokenize(subscription.name)
+    return _Shape(tokens, literal_prefix(tokens))
+
+
+class _Index:
+    """Subscriptions by literal prefix, to find the few that may match a name."""
+
+    def __init__(self) -> None:
+        self._literals: set[bytes] = set()
+        self._tables: dict[int, dict[bytes, dict[Subscription, None]]] = {}
+        self._lengths: list[int] = []
+
+    def add(self, subscription: Subscription, prefix: bytes) -> None:
+        if not subscription.pattern:
+            self._literals.add(subscription.name)
+            return
+        size = len(prefix)
+        if size not in self._tables:
+            self._tables[size] = {}
+            bisect.insort(self._lengths, size)
+        self._tables[size].setdefault(prefix, {})[subscription] = None
+
+    def discard(self, subscription: Subscription, prefix: bytes) -> None:
+        if not subscription.pattern:
+            self._literals.discard(subscription.name)
+            return
+        table = self._tables.get(len(prefix), {})
+        bucket = table.get(prefix, {})
+        bucket.pop(subscription, None)
+        if not bucket and prefix in table:
+            del table[prefix]
+            if not table:
+                del self._tables[len(prefix)]
+                self._lengths.remove(len(prefix))
+
+    def candidates(self, name: bytes) -> Iterator[Subscription]:
+        """All whose literal prefix begins `name` (the literal of this very name first)."""
+        if name in self._literals:
+            yield Subscription(False, name)
+        for size in self._lengths:
+            if size > len(name):
+                return
+            yield from self._tables[size].get(name[:size], ())
+
+
+class _Entry(NamedTuple, Generic[R]):
+    """One pattern of one route. `order` is its place among the route's patterns."""
+
+    route: R
+    pattern: Pattern
+    order: int
+
+
+class Router(Generic[R]):
+    """The routes, and the state of the subscriptions that serve them."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        """Grows whenever `resolve` may answer differently than before."""
+        self.live: dict[Subscription, int] = {}
+        """Confirmed subscriptions, with the moment (a count) of their confirmation."""
+        self.denied: dict[Subscription, None] = {}
+        self._entries: dict[Subscription, list[_Entry[R]]] = {}
+        self._orders: dict[R, int] = {}
+        self._shapes: dict[Subscription, _Shape] = {}
+        self._wanted = _Index()
+        self._confirmed = _Index()
+        self._targets: dict[Subscription, set[Subscription]] = {}
+        self._target_index = _Index()
+        self._target_order: list[tuple[bytes, Subscription]] = []
+        self._cover: dict[Subscription, Subscription] = {}
+        self._carrier: dict[Subscription, Subscription] = {}
+        self._carried: dict[Subscription, set[Subscription]] = {}
+        self._heirs: dict[Subscription, dict[Subscription, Subscription]] = {}
+        self._relied: dict[Subscription, int] = {}
+        self._asked: set[Subscription] = set()
+        self._leaving: set[Subscription] = set()
+        self._surplus: set[Subscription] = set()  # live, and no target (any more)
+        self._moment = 0
+
+    # -- Routes ----------------------------------------------------------------------------------
+
+    def add(self, route: R, patterns: Iterable[Pattern]) -> list[Command]:
+        """A route listens to these patterns too. Returns what to send."""
+        fresh: list[Subscription] = []
+        for pattern in patterns:
+            order = self._orders.get(route, 0)
+            self._orders[route] = order + 1
+            subscription = wanted(pattern)
+            entries = self._entries.get(subscription)
+            if entries is None:
+                entries = self._entries[subscription] = []
+                shape = self._shape_of(subscription)
+                self._wanted.add(subscription, shape.prefix)
+                fresh.append(subscription)
+            entries.append(_Entry(route, pattern, order))
+        self.version += 1
+        return [command for item in fresh for command in self._want(item)]
+
+    def remove(self, route: R, patterns: Iterable[Pattern]) -> list[Command]:
+        """A route no longer listens to these patterns. Returns what to send.
+
+        For a route that keeps other patterns this must happen at a point of the stream (a fence),
+        since its other patterns then answer for channels that these answered for.
+        """
+        gone: list[Subscription] = []
+        for pattern in patterns:
+            subscription = wanted(pattern)
+            entries = self._entries.get(subscription, [])
+            entries[:] = [
+                entry for entry in entries if (entry.route, entry.pattern) != (route, pattern)
+            ]
+            if not entries and self._entries.pop(subscription, None) is not None:
+                self._wanted.discard(subscription, self._shapes[subscription].prefix)
+                gone.append(subscription)
+        self.version += 1
+        return [command for item in gone for command in self._unwant(item)]
+
+    def is_settled(self, subscription: Subscription) -> bool:
+        """Whether the server has confirmed or denied what carries this (or nobody wants it)."""
+        if subscription not in self._entries:
+            return True
+        return subscription in self._carrier or subscription in self.denied
+
+    def is_denied(self, subscription: Subscription) -> bool:
+        """Whether the server refuses this subscription, and nothing else carries it."""
+        return subscription in self.denied and subscription not in self._carrier
+
+    def asking(self) -> bool:
+        """Whether an answer of the server is still awaited."""
+        return bool(self._asked)
+
+    # -- What the server did -----------------------------------------------------------------------
+
+    def confirmed(self, subscription: Subscription) -> list[Command]:
+        """The server confirmed a subscription: it carries from here on what it is to cover."""
+        self._asked.discard(subscription)
+        self._moment += 1
+        self.live[subscription] = self._moment
+        self._confirmed.add(subscription, self._shape_of(subscription).prefix)
+        self.version += 1
+        if subscription not in self._targets:
+            self._surplus.add(subscription)
+        for member in self._targets.get(subscription, ()):
+            self._carry(member, subscription)
+        return self._let_go()
+
+    def refused(self, subscription: Subscription) -> list[Command]:
+        """The server denied a subscription: what it was to cover is asked for by itself."""
+        self._asked.discard(subscription)
+        if subscription not in self._entries:
+            return self._let_go()
+        self.denied[subscription] = None
+        self.version += 1
+        return self._demote(subscription)
+
+    def ended(self, subscription: Subscription) -> list[Command]:
+        """The server confirmed the end of a subscription: the heirs carry on from here."""
+        self._leaving.discard(subscription)
+        self._surplus.discard(subscription)
+        self.live.pop(subscription, None)
+        self._confirmed.discard(subscription, self._shape_of(subscription).prefix)
+        self.version += 1
+        heirs = self._heirs.pop(subscription, {})
+        for member in list(self._carried.get(subscription, ())):
+            heir = heirs.get(member, self._cover.get(member))
+            if heir in self.live:
+                self._carry(member, heir)
+            else:
+                self._drop_carrier(member)
+        for heir in heirs.values():
+            self._relied[heir] -= 1
+            if not self._relied[heir]:
+                del self._relied[heir]
+        self._forget_shape(subscription)
+        return self._let_go()
+
+    def lost(self) -> None:
+        """The connection is gone, and with it every subscription."""
+        self.live.clear()
+        self._confirmed = _Index()
+        self._carrier.clear()
+        self._carried.clear()
+        self._heirs.clear()
+        self._relied.clear()
+        self._asked.clear()
+        self._leaving.clear()
+        self._surplus.clear()
+        self._shapes = {item: self._shapes[item] for item in self._entries}
+        self.version += 1
+
+    def restart(self) -> list[Command]:
+        """All that a new connection must be asked for. What was denied comes after the rest is
+        settled, by `retry_denied`, so that it delays nobody."""
+        self._asked = set(self._targets)
+        return [Command(True, subscription) for subscription in self._targets]
+
+    def retry_denied(self) -> list[Command]:
+        """Ask again for what was denied. Nothing that is live changes until the answer."""
+        commands: list[Command] = []
+        for subscription in list(self.denied):
+            del self.denied[subscription]
+            commands += self._want(subscription)
+        return commands
+
+    # -- Frames ----------------------------------------------------------------------------------
+
+    def resolve(self, carrier: Subscription, channel: bytes) -> tuple[list[Match[R]], bool]:
+        """The routes that get a frame of this channel that came through this subscription, and
+        whether this copy is the one that counts (the first of several on the wire)."""
+        hidden = channel.startswith(b"__")
+        best: dict[R, tuple[int, Subscription, Match[R]]] = {}
+        for subscription in self._wanted.candidates(channel):
+            through = self._carrier.get(subscription)
+            if through is None:
+                continue
+            for route, pattern, order in self._entries[subscription]:
+                if hidden and not pattern.prefix.startswith(b"__"):
+                    continue
+                known = best.get(route)
+                if known is not None and known[0] < order:
+                    continue
+                captures = pattern.match(channel)
+                if captures is not None:
+                    best[route] = (order, through, Match(route, pattern, captures))
+        matches = [match for _, through, match in best.values() if through == carrier]
+        return matches, self._first_copy(channel) in (None, carrier)
+
+    def _first_copy(self, channel: bytes) -> Subscription | None:
+        """Of the live subscriptions that match a channel, the one confirmed first."""
+        first = None
+        for subscription in self._confirmed.candidates(channel):
+            if first is None or self.live[subscription] < self.live[first]:
+                if self._matches(subscription, channel):
+                    first = subscription
+        return first
+
+    def hears(self, channel: bytes) -> bool:
+        """Whether any live subscription matches this channel."""
+        return self._first_copy(channel) is not None
+
+    def _matches(self, subscription: Subscription, channel: bytes) -> bool:
+        if not subscription.pattern:
+            return subscription.name == channel
+        tokens, prefix = self._shapes[subscription]
+        return glob_matches(tokens[len(prefix) :], channel[len(prefix) :])
+
+    # -- The plan ----------------------------------------------------------------------------------
+
+    def _shape_of(self, subscription: Subscription) -> _Shape:
+        shape = self._shapes.get(subscription)
+        if shape is None:
+            shape = self._shapes[subscription] = _shape(subscription)
+        return shape
+
+    def _forget_shape(self, subscription: Subscription) -> None:
+        used = (self._entries, self.live, self._asked, self._leaving)
+        if not any(subscription in place for place in used):
+            self._shapes.pop(subscription, None)
+
+    def _covering(self, subscription: Subscription) -> Subscription | None:
+        """The target that covers a subscription, if one does."""
+        tokens, prefix = self._shape_of(subscription)
+        for target in self._target_index.candidates(prefix):
+            if target != subscription and covers(self._shapes[target].tokens, tokens):
+                return target
+        return None
+
+    def _covered(self, subscription: Subscription) -> list[Subscription]:
+        """The targets that a subscription covers."""
+        if not subscription.pattern:
+            return []
+        tokens, prefix = self._shape_of(subscription)
+        found = []
+        for i in range(bisect.bisect_left(self._target_order, (prefix,)), len(self._target_order)):
+            start, target = self._target_order[i]
+            if not start.startswith(prefix):
+                break
+            if target != subscription and covers(tokens, self._shapes[target].tokens):
+                found.append(target)
+        return found
+
+    def _set_target(self, subscription: Subscription) -> None:
+        prefix = self._shape_of(subscription).prefix
+        self._surplus.discard(subscription)
+        if subscription not in self._targets:
+            self._targets[subscription] = set()
+            self._target_index.add(subscription, prefix)
+            bisect.insort(self._target_order, (prefix, subscription))
+        self._put_under(subscription, subscription)
+
+    def _unset_target(self, subscription: Subscription) -> set[Subscription]:
+        prefix = self._shapes[subscription].prefix
+        self._target_index.discard(subscription, prefix)
+        del self._target_order[bisect.bisect_left(self._target_order, (prefix, subscription))]
+        if subscription in self.live:
+            self._surplus.add(subscription)
+        return self._targets.pop(subscription)
+
+    def _put_under(self, member: Subscription, target: Subscription) -> None:
+        before = self._cover.get(member)
+        if before is not None and before in self._targets:
+            self._targets[before].discard(member)
+        self._cover[member] = target
+        self._targets[target].add(member)
+
+    def _want(self, subscription: Subscription) -> list[Command]:
+        """Find the place of a subscription that a route wants."""
+        target = self._covering(subscription)
+        if target is not None:
+            self._put_under(subscription, target)
+            if subscription not in self._carrier and self._is_steady(target):
+                self._carry(subscription, target)
+            return []
+        self._set_target(subscription)
+        for smaller in self._covered(subscription):
+            for member in self._unset_target(smaller):
+                self._put_under(member, subscription)
+        return self._ask(subscription)
+
+    def _ask(self, subscription: Subscription) -> list[Command]:
+        if subscription in self._asked:
+            return []
+        if self._is_steady(subscription):
+            for member in self._targets[subscription]:
+                if member not in self._carrier:
+                    self._carry(member, subscription)
+            return self._let_go()
+        self._asked.add(subscription)
+        return [Command(True, subscription)]
+
+    def _unwant(self, subscription: Subscription) -> list[Command]:
+        """No route wants this subscription any more."""
+        self.denied.pop(subscription, None)
+        target = self._cover.pop(subscription, None)
+        self._drop_carrier(subscription)
+        commands: list[Command] = []
+        if target == subscription:
+            members = self._unset_target(subscription)
+            members.discard(subscription)
+            commands += self._rehome(members)
+        elif target is not None:
+            self._targets[target].discard(subscription)
+        commands += self._let_go()
+        self._forget_shape(subscription)
+        return commands
+
+    def _demote(self, subscription: Subscription) -> list[Command]:
+        """A denied subscription is no target: what it was to cover finds another place."""
+        members = self._unset_target(subscription) if subscription in self._targets else set()
+        members.discard(subscription)
+        self._cover.pop(subscription, None)
+        return [*self._rehome(members), *self._let_go()]
+
+    def _rehome(self, members: set[Subscription]) -> list[Command]:
+        commands: list[Command] = []
+        for member in sorted(members, key=lambda item: (len(item.name), item)):
+            self._cover.pop(member, None)
+            commands += self._want(member)
+        return commands
+
+    # -- Carriers ----------------------------------------------------------------------------------
+
+    def _is_steady(self, subscription: Subscription) -> bool:
+        return subscription in self.live and subscription not in self._leaving
+
+    def _carry(self, member: Subscription, carrier: Subscription) -> None:
+        self._drop_carrier(member)
+        self._carrier[member] = carrier
+        self._carried.setdefault(carrier, set()).add(member)
+        self.version += 1
+
+    def _drop_carrier(self, member: Subscription) -> None:
+        carrier = self._carrier.pop(member, None)
+        if carrier is not None:
+            carried = self._carried[carrier]
+            carried.discard(member)
+            if not carried:
+                del self._carried[carrier]
+
+    def _let_go(self) -> list[Command]:
+        """Unsubscribe from what is no target and carries nothing that has no other live place."""
+        commands: list[Command] = []
+        for subscription in sorted(self._surplus - self._leaving - self._relied.keys()):
+            heirs = {member: self._cover[member] for member in self._carried.get(subscription, ())}
+            if all(self._is_steady(heir) for heir in heirs.values()):
+                self._leaving.add(subscription)
+                if heirs:
+                    self._heirs[subscription] = heirs
+                for heir in heirs.values():
+                    self._relied[heir] = self._relied.get(heir, 0) + 1
+                commands.append(Command(False, subscription))
+        return commands

@@ -1,0 +1,292 @@
+"""One start of a bus, up to its stop: everything that belongs to one event loop and one process.
+
+A `Run` is made at `start()` and thrown away at `stop()`. So a bus that was built before a fork, or
+is started twice, begins anew: another instance id, counters at zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import anyio
+
+from eventbus._errors import BusClosed, BusUnavailable, PermissionDenied
+from eventbus._gaps import GapLane
+from eventbus._handlers import is_async
+from eventbus._lanes import Lane
+from eventbus._messages import Health, State
+from eventbus._patterns import Pattern, check_channel, decode_name
+from eventbus._publisher import Middleware, Publisher
+from eventbus._receiver import Receiver
+from eventbus._reports import Reports, logger
+from eventbus._router import Command
+from eventbus._routes import Declaration, GapDeclaration
+from eventbus._sequences import Outbound
+from eventbus._settings import Settings
+from eventbus.transports.base import Transport
+
+
+class Run:
+    """The transport with the receiving and the publishing half, and their common life."""
+
+    def __init__(
+        self,
+        bus: object,
+        settings: Settings,
+        transport: Transport,
+        reports: Reports,
+        *,
+        declared: Sequence[Declaration],
+        declared_gaps: Sequence[GapDeclaration],
+        receive_middleware: Sequence[Middleware],
+        publish_middleware: Sequence[Middleware],
+        on_stopped: Callable[[Run], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.transport = transport
+        self.stopping: asyncio.Task[None] | None = None
+        self._settings = settings
+        self._declared = declared
+        self._on_stopped = on_stopped
+        self._pid = os.getpid()
+        self._ready = False
+        self._hurry = asyncio.Event()
+        self._caller: asyncio.Task[Any] | None = None
+        self._client: Any = None
+        self._instance = uuid.uuid4().hex[:16]
+        source = f"{settings.name}/{self._instance}"
+        self.receiver = Receiver(
+            bus=bus,
+            reports=reports,
+            gap_lanes=[GapLane(item.fn, item.pattern, is_async(item.fn)) for item in declared_gaps],
+            middleware=receive_middleware,
+            source=source.encode(),
+            settings=settings,
+            on_fatal=self._fatal,
+        )
+        self.receiver.age = lambda: transport.status().last_received_age
+        self.publisher = Publisher(
+            transport=transport,
+            reports=reports,
+            middleware=publish_middleware,
+            source=source,
+            instance=self._instance,
+            settings=settings,
+        )
+
+    def check_here(self) -> None:
+        """Raise BusClosed when called from another loop or process than that of the start."""
+        if self._pid != os.getpid():
+            raise BusClosed(
+                f"the bus was started in process {self._pid}: start one in each process, after the"
+                " fork"
+            )
+        if asyncio.get_running_loop() is not self.loop:
+            raise BusClosed(
+                "the bus belongs to another event loop: from a start to its stop, use it in the loop"
+                " that started it"
+            )
+
+    # -- Start -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect and subscribe. Raises what `EventBus.start` says; the caller closes then."""
+        settings, receiver = self._settings, self.receiver
+        everything: list[Pattern] = []
+        for item in self._declared:
+            self._check_lengths(item.patterns)
+            lane = receiver.listen(item.plan.name, item.options, item.plan.body, item.plan)
+            receiver.add(lane, item.patterns)
+            everything += item.patterns
+        try:
+            async with asyncio.timeout(settings.connect_timeout):
+                number = Outbound().take
+                await self.transport.start(receiver, settings, self._instance, number)
+                denied = await receiver.settled(everything)
+        except TimeoutError:
+            reason = self.transport.status().reason or "no answer"
+            raise BusUnavailable(
+                f"{self.transport.describe()} could not be reached within"
+                f" {settings.connect_timeout} s ({reason}). Is Redis running there? Set the URL with"
+                " EventBus(url) or EVENTBUS_URL; a server to try with is EventBus('embedded://'),"
+                " from eventbus-redis[server]",
+                waited=settings.connect_timeout,
+            ) from None
+        if denied and settings.on_denied == "raise":
+            raise self._denied(list(dict.fromkeys(denied)))
+        self._ready = True
+
+    def _check_lengths(self, patterns: Sequence[Pattern]) -> None:
+        for pattern in patterns:
+            check_channel(self._settings.prefix + decode_name(pattern.wire))
+
+    def _denied(self, patterns: Sequence[Pattern]) -> PermissionDenied:
+        user = self.transport.user or "default"
+        prefix = self._settings.prefix
+        rules = " ".join(f"&{ascii(prefix + decode_name(p.wire))[1:-1]}" for p in patterns[:5])
+        return PermissionDenied(
+            f"Redis denies {_listed(patterns)} to user {user!r} at {self.transport.describe()}. A"
+            f" pattern in an ACL must be literally equal: ACL SETUSER {user} {rules}",
+            patterns=tuple(pattern.text for pattern in patterns),
+            user=user,
+        )
+
+    # -- Routes ----------------------------------------------------------------------------------
+
+    def send(self, commands: list[Command]) -> None:
+        """Ask the server for what the router decided."""
+        if commands:
+            self.transport.send(commands)
+
+    async def add(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
+        """Add patterns to a lane; confirmed when it returns, and undone when it raises."""
+        if lane.closed:
+            raise BusClosed(f"the route {lane.name!r} was detached")
+        fresh = [pattern for pattern in patterns if pattern not in lane.patterns]
+        is_new = not lane.patterns
+        timeout = self._settings.connect_timeout
+        try:
+            self._check_lengths(fresh)
+            self.send(self.receiver.add(lane, fresh))
+            async with asyncio.timeout(timeout):
+                denied = await self.receiver.settled(fresh)
+            if denied and self._settings.on_denied == "raise":
+                raise self._denied(denied)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                if is_new:
+                    await self.forget(lane)
+                else:
+                    self.send(self.receiver.discard(lane, fresh))
+            if isinstance(error, TimeoutError):
+                raise BusUnavailable(
+                    f"{self.transport.describe()} did not confirm {_listed(fresh)} within"
+                    f" {timeout} s; nothing was changed",
+                    waited=timeout,
+                ) from None
+            raise
+
+    async def discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
+        """Take patterns from a lane, at a point of the stream: its other patterns may answer for the
+        same channels, and each message must meet one state only."""
+        reached = self.loop.create_future()
+
+        def switch() -> None:
+            self.send(self.receiver.discard(lane, patterns))
+            if not reached.done():
+                reached.set_result(None)
+
+        self.transport.fence(switch)
+        await reached
+
+    async def forget(self, lane: Lane) -> None:
+        """Take a lane out, with all that waits in it."""
+        await self.receiver.forget(lane, self.send)
+
+    # -- Stop ------------------------------------------------------------------------------------
+
+    def begin_stop(self) -> asyncio.Task[None]:
+        """The task that stops this run; a second call gives the same one."""
+        if self.stopping is None:
+            self._caller = asyncio.current_task()
+            self.stopping = self.loop.create_task(self._stop(), name="eventbus stop")
+        return self.stopping
+
+    async def stop(self) -> None:
+        """Stop, and return (or raise CancelledError) when nothing is left open."""
+        stopping = self.begin_stop()
+        cancelled: asyncio.CancelledError | None = None
+        with anyio.CancelScope(shield=True):
+            while not stopping.done():
+                try:
+                    await asyncio.shield(stopping)
+                except asyncio.CancelledError as error:
+                    if not stopping.done():
+                        cancelled = error
+                        self._hurry.set()
+        if cancelled is not None:
+            raise cancelled
+        stopping.result()
+
+    def _fatal(self, error: BaseException) -> None:
+        """A handler raised KeyboardInterrupt or SystemExit: that ends the bus."""
+        logger.error("a handler raised %s: the bus stops", type(error).__name__)
+        self.begin_stop()
+
+    async def _stop(self) -> None:
+        """Unsubscribe, drain, close: bounded by `drain_timeout`, cut short by a cancelled stop."""
+        try:
+            work = asyncio.ensure_future(self._drain())
+            hurry = asyncio.ensure_future(self._hurry.wait())
+            try:
+                await asyncio.wait(
+                    {work, hurry},
+                    timeout=self._settings.drain_timeout,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            finally:
+                hurry.cancel()
+                work.cancel()
+                await asyncio.wait({work, hurry})
+            if not work.cancelled() and work.exception() is not None:
+                logger.error("stopping the bus", exc_info=work.exception())
+        finally:
+            await self.close()
+            self._on_stopped(self)
+
+    async def _drain(self) -> None:
+        await self.receiver.unsubscribe(self.send)
+        await self.receiver.drain(self._caller)
+        await self.publisher.drain()
+
+    async def close(self) -> None:
+        """Cancel what still runs and close every connection. Idempotent."""
+        self._ready = False
+        await self.receiver.close()
+        await self.publisher.close()
+        await self.transport.stop()
+        client, self._client = self._client, None
+        if client is not None:
+            with suppress(Exception):
+                await client.aclose()
+
+    # -- How it stands -----------------------------------------------------------------------------
+
+    def health(self) -> Health:
+        """See `EventBus.health`."""
+        status, router = self.transport.status(), self.receiver.router
+        live = tuple(decode_name(item.name) for item in router.live)
+        denied = tuple(decode_name(item.name) for item in router.denied)
+        state: State = "live"
+        reason = None
+        if not self._ready:
+            state, reason = "starting", status.reason or "waiting for Redis"
+        elif not status.receiving:
+            state, reason = "down", status.reason or "not connected"
+        elif self.receiver.away:
+            state, reason = "down", "waiting for the subscriptions to be confirmed"
+        elif denied:
+            state, reason = "degraded", f"denied: {', '.join(map(ascii, denied[:5]))}"
+        elif not status.publishing:
+            state, reason = "degraded", status.reason or "the publisher is not connected"
+        elif status.probe == "denied":
+            state, reason = "degraded", "the liveness probe is denied; PING is used alone"
+        return Health(
+            state, reason, status.last_received_age, status.round_trip, status.probe, live, denied
+        )
+
+    def redis(self) -> Any:
+        """See `EventBus.redis`."""
+        if self._client is None:
+            self._client = self.transport.redis()
+        return self._client
+
+
+def _listed(patterns: Sequence[Pattern]) -> str:
+    shown = ", ".join(ascii(pattern.text) for pattern in patterns[:5])
+    return shown + (f" and {len(patterns) - 5} more" if len(patterns) > 5 else "")

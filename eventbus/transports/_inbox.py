@@ -1,0 +1,155 @@
+"""The subscriber connection: what was asked, in order, and what the server says.
+
+One name per command and one row of what is outstanding, since an error names no channel. Answers and
+messages are handed to the sink in the order of the stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import hiredis
+
+from eventbus._router import Command, Subscription
+from eventbus.transports._link import Link
+from eventbus.transports._outbox import command
+from eventbus.transports.base import Sink
+
+PROBE_PREFIX = b"__eventbus__:"
+
+
+class _Ping:
+    """A PING that is outstanding, and who waits for it (None at a loss)."""
+
+    __slots__ = ("answered",)
+
+    def __init__(self, answered: Callable[[bool], Any]) -> None:
+        self.answered = answered
+
+
+class Inbox:
+    """Subscriptions on one connection at a time. `probe` is the wire name of the bus's own channel;
+    `on_probe` gets what arrives on it."""
+
+    def __init__(
+        self, sink: Sink, prefix: bytes, probe: bytes, on_probe: Callable[[bytes], None]
+    ) -> None:
+        self._sink = sink
+        self._prefix = prefix
+        self._probe = probe
+        self._on_probe = on_probe
+        self._link: Link | None = None
+        self._asked: deque[Command | _Ping] = deque()
+        self._literals: dict[bytes, Subscription] = {}
+        self._patterns: dict[bytes, Subscription] = {}
+        self.probe_live = False
+        self.probe_denied = False
+
+    @property
+    def last_read(self) -> float | None:
+        """Loop time of the last byte; None while away."""
+        return None if self._link is None else self._link.last_read
+
+    def opened(self, link: Link) -> None:
+        """A connection is there: ask for the probe, then for all that the routes need."""
+        self._link = link
+        link.on_reply = self._on_reply
+        self.probe_live = self.probe_denied = False
+        self._literals.clear()
+        self._patterns.clear()
+        self._ask([Command(True, Subscription(False, self._probe))], b"")
+        self.send(self._sink.opened())
+
+    def lost(self, reason: str) -> None:
+        """The connection is gone."""
+        self._link = None
+        asked, self._asked = self._asked, deque()
+        self._sink.lost(reason)
+        for item in asked:
+            if isinstance(item, _Ping):
+                item.answered(False)
+
+    def fail(self, reason: str) -> None:
+        """Drop the connection: it is dead, or leads to the wrong node."""
+        if self._link is not None:
+            self._link.fail(reason)
+
+    def send(self, commands: Iterable[Command]) -> None:
+        """Ask for these, with the namespace before each name."""
+        self._ask(commands, self._prefix)
+
+    def _ask(self, commands: Iterable[Command], prefix: bytes) -> None:
+        if self._link is None:
+            return
+        parts = []
+        for item in commands:
+            subscribe, (pattern, name) = item
+            verb = (b"P" if pattern else b"") + (b"SUBSCRIBE" if subscribe else b"UNSUBSCRIBE")
+            parts.append(command(verb, prefix + name))
+            self._asked.append(item)
+        if parts:
+            self._link.write(b"".join(parts))
+
+    def ping(self, token: bytes, answered: Callable[[bool], Any]) -> bool:
+        """PING; `answered` hears True at the answer, False at a loss. False while away."""
+        if self._link is None:
+            return False
+        self._asked.append(_Ping(answered))
+        self._link.write(command(b"PING", token))
+        return True
+
+    # -- Replies ---------------------------------------------------------------------------------
+
+    def _on_reply(self, reply: Any) -> None:
+        if type(reply) is list and len(reply) > 2:
+            kind = reply[0]
+            if kind == b"pmessage":
+                found = self._patterns.get(reply[1])
+                if found is not None:
+                    self._take(found, reply[2], reply[3])
+                return
+            if kind == b"message":
+                channel = reply[1]
+                if channel == self._probe:
+                    self._on_probe(reply[2])
+                    return
+                found = self._literals.get(channel)
+                if found is not None:
+                    self._take(found, channel, reply[2])
+                return
+        self._answer(reply)
+
+    def _take(self, subscription: Subscription, channel: bytes, payload: Any) -> None:
+        name = channel[len(self._prefix) :] if self._prefix else channel
+        if name.startswith(PROBE_PREFIX) or type(payload) is not bytes:
+            return  # probes of the buses; what `__redis__:invalidate` sends is no message
+        self._sink.frame(subscription, name, payload)
+
+    def _answer(self, reply: Any) -> None:
+        """An answer to what was asked first."""
+        refused = isinstance(reply, hiredis.ReplyError)
+        if not self._asked:
+            self.fail(f"the server says: {str(reply)[:200]}")
+            return
+        item = self._asked.popleft()
+        if isinstance(item, _Ping):
+            item.answered(True)  # NOPERM to a PING is an answer too
+            return
+        if refused and not str(reply).startswith("NOPERM"):
+            self.fail(f"the server says: {str(reply)[:200]}")
+            return
+        subscription = item.subscription
+        if not subscription.pattern and subscription.name == self._probe:
+            self.probe_live, self.probe_denied = not refused, refused
+        elif refused:
+            self.send(self._sink.refused(subscription))
+        elif item.subscribe:
+            names = self._patterns if subscription.pattern else self._literals
+            names[self._prefix + subscription.name] = subscription
+            self.send(self._sink.confirmed(subscription))
+        else:
+            names = self._patterns if subscription.pattern else self._literals
+            names.pop(self._prefix + subscription.name, None)
+            self.send(self._sink.ended(subscription))

@@ -1,0 +1,111 @@
+"""One connection: a socket that redis-py opened, read in batches with hiredis.
+
+redis-py's own reader and writer are touched in `adopt` and nowhere else. Why not `redis.asyncio`'s
+reading: docs/delivery.md. A link reports its end exactly once and never reconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+
+from eventbus._reports import logger
+
+_BITE = 64 * 1024
+_SMALL_BITE = 4 * 1024
+"""Bytes per read: small while handlers are behind, so that they get more turns per byte read."""
+
+
+class Link(asyncio.BufferedProtocol):
+    """A live connection. `on_reply` gets each parsed reply, in order; `ended` resolves with the
+    reason when the connection is over."""
+
+    def __init__(self, connection: Any, behind: Callable[[], bool] = lambda: False) -> None:
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[str] = loop.create_future()
+        self.on_reply: Callable[[Any], None] = lambda reply: None
+        self.on_writable: Callable[[], None] = lambda: None
+        self.paused = False
+        self.last_read = loop.time()
+        self._time = loop.time
+        self._connection = connection  # owns the writer, whose end would close the socket
+        self._behind = behind
+        self._replies = hiredis.Reader()
+        self._buffer = memoryview(bytearray(_BITE))
+        self._small = self._buffer[:_SMALL_BITE]
+        self._transport: asyncio.Transport = adopt(connection, self)
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the socket. Nothing happens on a link that is over."""
+        if not self.ended.done():
+            self._transport.write(data)
+
+    def fail(self, reason: str) -> None:
+        """Drop the connection at once."""
+        if not self.ended.done():
+            self.ended.set_result(reason)
+        self._transport.abort()
+
+    def close(self) -> None:
+        """Close the connection, and let redis-py forget it."""
+        self.fail("closed")
+        self._connection._reader = self._connection._writer = None
+
+    # -- asyncio's side ----------------------------------------------------------------------------
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        return self._small if self._behind() else self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Parse what came, all of it: hiredis moves its whole buffer for what is left in it."""
+        self.last_read = self._time()
+        self._parse(self._buffer[:nbytes])
+
+    def _parse(self, data: memoryview | bytes) -> None:
+        replies = self._replies
+        try:
+            replies.feed(data)
+            while (reply := replies.gets()) is not False and not self.ended.done():
+                self.on_reply(reply)
+        except hiredis.HiredisError as error:
+            self.fail(f"what the server sent is no RESP: {error}")
+        except Exception:
+            logger.exception("reading a reply failed")
+            self.fail("a reply could not be handled")
+
+    def eof_received(self) -> bool:
+        """The server closed the connection."""
+        self.fail("the server closed the connection")
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is gone."""
+        if not self.ended.done():
+            self.ended.set_result(str(exc) if exc else "the connection was lost")
+
+    def pause_writing(self) -> None:
+        """The socket takes no more."""
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        """The socket took all."""
+        self.paused = False
+        self.on_writable()
+
+
+def adopt(connection: Any, link: Link) -> asyncio.Transport:
+    """Take the socket of a connected redis-py connection over. Tested with the oldest and the newest
+    supported version; nothing else may touch these two private attributes."""
+    reader, writer = connection._reader, connection._writer
+    transport: asyncio.Transport = writer.transport
+    transport.set_write_buffer_limits(high=0)
+    transport.set_protocol(link)
+    transport.resume_reading()
+    early = bytes(reader._buffer)
+    if early:
+        link._parse(early)
+    return transport

@@ -1,0 +1,335 @@
+"""The publisher connection: what waits to be written, and what waits for its answer.
+
+Calls queue messages; one write per turn of the loop takes at most 64 KiB of them, so that the rest
+can still be withdrawn. Answers come in order. What was written is never written again. While Redis is
+away the outage policy decides: wait up to the deadline and fail, drop, or keep a bounded backlog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+
+from eventbus._errors import BusUnavailable, EventBusError, PermissionDenied, PublishUncertain
+from eventbus._messages import Buffer
+from eventbus._patterns import decode_name
+from eventbus._settings import Settings
+from eventbus.transports._link import Link
+from eventbus.transports.base import Outgoing
+
+_BATCH = 64 * 1024
+_GRACE = 0.1
+"""Seconds that a written message has for its answer, however late it was written."""
+
+
+def command(*words: bytes) -> bytes:
+    """A Redis command as RESP."""
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
+
+
+class Outbox:
+    """Messages on their way out. All methods are called from the loop of the bus."""
+
+    def __init__(self, settings: Settings, number: Callable[[bytes], int], shown: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._settings = settings
+        self._number = number
+        self._shown = shown
+        self.user: str | None = None
+        self._link: Link | None = None
+        self._away_since = self._loop.time()
+        self._reason = "not connected yet"
+        self._waiting: deque[Outgoing] = deque()
+        self._waiting_bytes = 0
+        self._written: deque[Outgoing | Callable[[Any], None]] = deque()
+        self._backlog: OrderedDict[bytes | int, Outgoing] = OrderedDict()
+        self._backlog_count = 0
+        self._flushing: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._empty: list[asyncio.Future[None]] = []
+        policy = settings.outage
+        self._buffer = policy if isinstance(policy, Buffer) else None
+        self._drops = policy == "drop"
+
+    # -- In --------------------------------------------------------------------------------------
+
+    def publish(self, outgoing: Outgoing) -> None:
+        """Queue a message. Raises BusUnavailable when it is known that it cannot be sent."""
+        now = outgoing.born = self._loop.time()
+        timeout = self._settings.publish_timeout
+        if self._link is None:
+            if self._drops:
+                outgoing.finish("dropped")
+                return
+            if self._buffer is not None:
+                self._keep(outgoing, now)
+                return
+            if now - self._away_since > timeout:
+                raise self._unavailable(outgoing, now)
+        if self._waiting_bytes + outgoing.size > self._settings.max_pending_bytes:
+            raise BusUnavailable(
+                f"{self._waiting_bytes} bytes wait to be written to {self._shown} already"
+                " (max_pending_bytes); certainly not sent",
+                channel=decode_name(outgoing.channel),
+                id=outgoing.id,
+            )
+        outgoing.deadline = now + timeout
+        self._waiting.append(outgoing)
+        self._waiting_bytes += outgoing.size
+        if self._flushing is None and self._link is not None:
+            self._flushing = self._loop.call_soon(self._flush)
+        if self._timer is None:
+            self._timer = self._loop.call_at(outgoing.deadline, self._due)
+
+    def _keep(self, outgoing: Outgoing, now: float) -> None:
+        """Put a message into the backlog of an outage."""
+        policy = self._buffer
+        if policy is None:
+            return
+        if not outgoing.deadline or outgoing.deadline < outgoing.born + policy.max_age:
+            outgoing.deadline = outgoing.born + policy.max_age
+        outgoing.buffered()
+        self._backlog_count += 1
+        key = outgoing.channel if policy.latest else self._backlog_count
+        replaced = self._backlog.get(key)
+        self._backlog[key] = outgoing
+        self._waiting_bytes += outgoing.size
+        if replaced is not None:
+            self._waiting_bytes -= replaced.size
+            replaced.finish("conflated")
+        while len(self._backlog) > policy.max_events or (
+            self._waiting_bytes > self._settings.max_pending_bytes
+        ):
+            _, oldest = self._backlog.popitem(last=False)
+            self._waiting_bytes -= oldest.size
+            oldest.finish("dropped")
+        if self._timer is None:
+            self._timer = self._loop.call_at(now + policy.max_age, self._due)
+
+    def ask(self, words: bytes, answer: Callable[[Any], None]) -> bool:
+        """Write a command at once; False while away. `answer` gets the reply, None at a loss."""
+        if self._link is None:
+            return False
+        self._written.append(answer)
+        self._link.write(words)
+        return True
+
+    # -- Out -------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        self._flushing = None
+        link = self._link
+        if link is None or link.paused:
+            return
+        waiting, written, number = self._waiting, self._written, self._number
+        grace = self._loop.time() + min(_GRACE, self._settings.publish_timeout)
+        parts: list[bytes] = []
+        size = 0
+        while waiting and size < _BATCH:
+            outgoing = waiting.popleft()
+            self._waiting_bytes -= outgoing.size
+            if outgoing.ended:
+                continue
+            channel = outgoing.channel
+            if outgoing.numbered:
+                body = b"%b%d%b" % (outgoing.before, number(channel), outgoing.after)
+            else:
+                body = outgoing.before + outgoing.after
+            parts.append(
+                b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
+                % (len(channel), channel, len(body), body)
+            )
+            size += outgoing.size
+            outgoing.written = True
+            if outgoing.deadline < grace:
+                outgoing.deadline = grace
+            written.append(outgoing)
+        if parts:
+            link.write(b"".join(parts))
+        if waiting and not link.paused:
+            self._flushing = self._loop.call_soon(self._flush)
+        elif not written:
+            self._report_empty()
+
+    def _on_reply(self, reply: Any) -> None:
+        if not self._written:
+            text = str(reply)[:200]
+            if self._link is not None:
+                self._link.fail(f"an answer that nobody asked for: {text}")
+            return
+        waiting = self._written.popleft()
+        if not isinstance(waiting, Outgoing):
+            waiting(reply)
+        elif isinstance(reply, int):
+            waiting.finish(reply)
+        else:
+            waiting.finish(self._refusal(waiting, str(reply)))
+        if not self._written and not self._waiting:
+            self._report_empty()
+
+    def _refusal(self, outgoing: Outgoing, text: str) -> EventBusError:
+        channel = decode_name(outgoing.channel)
+        if text.startswith("NOPERM"):
+            user = self.user or "default"
+            return PermissionDenied(
+                f"Redis denies user {user!r} to publish on {ascii(channel)}: {text[:200]}. It needs"
+                f" +publish and a channel rule, e.g. ACL SETUSER {user} +publish &{ascii(channel)}",
+                channel=channel,
+                user=user,
+            )
+        return BusUnavailable(
+            f"Redis refused to publish on {ascii(channel)}: {text[:200]}; certainly not sent",
+            channel=channel,
+            id=outgoing.id,
+            waited=self._loop.time() - outgoing.born,
+        )
+
+    # -- Connection ------------------------------------------------------------------------------
+
+    @property
+    def last_read(self) -> float | None:
+        """Loop time of the last byte of an answer; None while away."""
+        return None if self._link is None else self._link.last_read
+
+    def opened(self, link: Link) -> None:
+        """A connection is there: the backlog goes first."""
+        self._link = link
+        link.on_reply = self._on_reply
+        link.on_writable = self._flush
+        self._expire()
+        backlog = list(self._backlog.values())
+        self._backlog.clear()
+        self._waiting.extendleft(reversed(backlog))
+        self._flush()
+
+    def lost(self, reason: str) -> None:
+        """The connection is gone: what was written is uncertain, the rest waits by the policy."""
+        now = self._away_since = self._loop.time()
+        self._reason = reason
+        self._link = None
+        written, self._written = self._written, deque()
+        for item in written:
+            if isinstance(item, Outgoing):
+                item.finish(self._uncertain(item, now, reason))
+            else:
+                item(None)
+        if self._buffer is not None or self._drops:
+            waiting, self._waiting = self._waiting, deque()
+            for outgoing in waiting:
+                self._waiting_bytes -= outgoing.size
+                if outgoing.ended:
+                    continue
+                if self._drops:
+                    outgoing.finish("dropped")
+                else:
+                    self._keep(outgoing, now)
+        self._report_empty()
+
+    def fail(self, reason: str) -> None:
+        """Drop the connection: it is dead, or leads to the wrong node."""
+        if self._link is not None:
+            self._link.fail(reason)
+
+    def close(self) -> None:
+        """The end: nothing waits any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._flushing is not None:
+            self._flushing.cancel()
+        if self._link is not None:
+            self.lost("the bus was stopped")
+        now = self._loop.time()
+        for outgoing in (*self._backlog.values(), *self._waiting):
+            outgoing.finish(self._unavailable(outgoing, now))
+        self._backlog.clear()
+        self._waiting.clear()
+
+    async def flush(self) -> None:
+        """Return when everything has an outcome, or nothing can be sent."""
+        while self._link is not None and (self._waiting or self._written):
+            waiter = self._loop.create_future()
+            self._empty.append(waiter)
+            await waiter
+
+    def _report_empty(self) -> None:
+        waiters, self._empty = self._empty, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # -- Deadlines -------------------------------------------------------------------------------
+
+    def _due(self) -> None:
+        """A deadline has passed. One more turn first: its answer may wait in the socket."""
+        self._timer = self._loop.call_later(0, self._expire)
+
+    def _expire(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        now = self._loop.time()
+        nearest = [
+            self._expire_written(now),
+            self._expire_waiting(now),
+            self._expire_backlog(now),
+        ]
+        due = [time for time in nearest if time is not None]
+        if due:
+            self._timer = self._loop.call_at(min(due), self._due)
+
+    def _expire_written(self, now: float) -> float | None:
+        for item in self._written:
+            if isinstance(item, Outgoing) and not item.ended:
+                if item.deadline > now:
+                    return item.deadline
+                item.finish(self._uncertain(item, now, "no answer"))
+        return None
+
+    def _expire_waiting(self, now: float) -> float | None:
+        nearest = None
+        for outgoing in self._waiting:
+            if outgoing.ended:
+                continue
+            if outgoing.deadline <= now:
+                outgoing.finish(self._unavailable(outgoing, now))
+            elif nearest is None or outgoing.deadline < nearest:
+                nearest = outgoing.deadline
+                if self._buffer is None:
+                    break  # without a backlog, deadlines are in order
+        while self._waiting and self._waiting[0].ended:
+            self._waiting_bytes -= self._waiting.popleft().size
+        return nearest
+
+    def _expire_backlog(self, now: float) -> float | None:
+        old = [key for key, outgoing in self._backlog.items() if outgoing.deadline <= now]
+        for key in old:
+            outgoing = self._backlog.pop(key)
+            self._waiting_bytes -= outgoing.size
+            outgoing.finish(self._unavailable(outgoing, now))
+        return min((outgoing.deadline for outgoing in self._backlog.values()), default=None)
+
+    def _unavailable(self, outgoing: Outgoing, now: float) -> BusUnavailable:
+        waited = now - outgoing.born
+        why = "could not be written to" if self._link is not None else "cannot be reached at"
+        reason = "" if self._link is not None else f" ({self._reason})"
+        return BusUnavailable(
+            f"Redis {why} {self._shown}{reason}: after {waited:.1f} s the message is given up;"
+            " certainly not sent",
+            channel=decode_name(outgoing.channel),
+            id=outgoing.id,
+            waited=waited,
+        )
+
+    def _uncertain(self, outgoing: Outgoing, now: float, reason: str) -> PublishUncertain:
+        waited = now - outgoing.born
+        return PublishUncertain(
+            f"the message was written to {self._shown} and got no answer in {waited:.1f} s"
+            f" ({reason}): it may have arrived; it is not sent again",
+            channel=decode_name(outgoing.channel),
+            id=outgoing.id,
+            waited=waited,
+        )

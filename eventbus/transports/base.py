@@ -1,0 +1,145 @@
+"""The contract between the bus and whatever carries its bytes.
+
+A transport knows names and bytes, never events, handlers or patterns with captures. It is given a
+`Sink` and tells it, in the order of the stream, what happened. All of this is synchronous: a
+transport calls its sink from the event loop that it was started in. Only the contract may enter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from eventbus._router import Command, Subscription
+from eventbus._settings import Settings
+
+Outcome = int | Exception | Literal["dropped", "conflated"]
+"""Copies handed out; what went wrong; dropped by the outage policy; replaced by a newer one."""
+
+
+class Outgoing:
+    """One message on its way out. Its bytes are `before`, the number (when `numbered`), `after`.
+
+    `written` says whether a byte may have left. The transport calls `buffered` when it keeps the
+    message for later, and `finish` once; `owner` is told of that end. A message with `ended` is not
+    to be sent.
+    """
+
+    __slots__ = ("after", "before", "born", "channel", "deadline", "ended", "future", "id",
+                 "numbered", "owner", "size", "written")  # fmt: skip
+
+    def __init__(
+        self,
+        channel: bytes,
+        before: bytes,
+        after: bytes = b"",
+        *,
+        numbered: bool = False,
+        id: str | None = None,
+        owner: Callable[[Outgoing, Outcome], Any],
+        future: asyncio.Future[int | None] | None = None,
+    ) -> None:
+        self.channel = channel
+        self.before = before
+        self.after = after
+        self.numbered = numbered
+        self.id = id
+        self.owner = owner
+        self.future = future
+        self.size = len(before) + len(after) + len(channel)
+        self.ended = False
+        self.written = False
+        self.born = 0.0
+        self.deadline = 0.0
+
+    def buffered(self) -> None:
+        """Kept for later: whoever waits is told so now."""
+        future, self.future = self.future, None
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    def finish(self, outcome: Outcome) -> None:
+        """The end. Later calls do nothing."""
+        if self.ended:
+            return
+        self.ended = True
+        future = self.future
+        if future is not None and not future.done():
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome if isinstance(outcome, int) else None)
+        self.owner(self, outcome)
+
+
+class Sink(Protocol):
+    """What a transport tells. The commands that come back are to be sent at once, in order."""
+
+    def opened(self) -> list[Command]:
+        """A subscriber connection is there, with nothing subscribed on it yet."""
+
+    def confirmed(self, subscription: Subscription) -> list[Command]: ...
+
+    def refused(self, subscription: Subscription) -> list[Command]: ...
+
+    def ended(self, subscription: Subscription) -> list[Command]: ...
+
+    def lost(self, reason: str) -> None:
+        """The subscriber connection is gone, and all subscriptions with it."""
+
+    def frame(self, subscription: Subscription, channel: bytes, payload: bytes) -> None:
+        """A message on `channel` (without the namespace) through this subscription."""
+
+    def behind(self) -> bool:
+        """Whether the lanes are filling up: the transport should then read in small bites."""
+
+
+@dataclass(slots=True)
+class Status:
+    """How a transport stands, for `health()`."""
+
+    receiving: bool = False
+    publishing: bool = False
+    reason: str | None = None
+    last_received_age: float | None = None
+    round_trip: float | None = None
+    probe: str = "off"
+
+
+class Transport(Protocol):
+    """Where bytes travel. One instance serves one bus from its start to its stop."""
+
+    user: str | None
+
+    async def start(
+        self, sink: Sink, settings: Settings, bus_id: str, number: Callable[[bytes], int]
+    ) -> None:
+        """Connect. Returns when connected; raises what makes waiting useless (a wrong password).
+
+        `bus_id` is unique per start; `number` gives the next number of a channel.
+        """
+
+    async def stop(self) -> None:
+        """Close everything, at once. Idempotent."""
+
+    async def flush(self) -> None:
+        """Wait until everything handed to `publish` has an outcome."""
+
+    def publish(self, outgoing: Outgoing) -> None:
+        """Send, or queue, one message. Raises BusUnavailable when it is known to be hopeless."""
+
+    def send(self, commands: Iterable[Command]) -> None:
+        """Ask the server. Does nothing while away: `Sink.opened` asks for all of it."""
+
+    def fence(self, reached: Callable[[], Any]) -> None:
+        """Call `reached` at a point of the stream after everything sent so far."""
+
+    def status(self) -> Status: ...
+
+    def describe(self) -> str:
+        """Where this goes, without a secret."""
+
+    def redis(self) -> Any:
+        """A redis-py client for the same server. Raises EventBusError where there is none."""
