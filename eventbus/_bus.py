@@ -29,6 +29,7 @@ from eventbus._routes import Declarations, Messages, Route, Router, patterns_of
 from eventbus._run import Run
 from eventbus._settings import Settings
 from eventbus.transports import transport_for
+from eventbus.transports.base import Outgoing
 
 E = TypeVar("E")
 M = TypeVar("M", bound=Middleware)
@@ -233,7 +234,16 @@ class EventBus(Declarations):
         not sent), PublishUncertain (written, outcome unknown), PermissionDenied, PayloadTooLarge,
         InvalidEvent, InvalidChannel, BusClosed. Cancelled before the write: certainly not sent.
         """
-        return await self._here().publisher.publish(channel, event)
+        publisher = self._here().publisher
+        begun = publisher.begin(channel, event)
+        if not isinstance(begun, Outgoing):
+            return await begun
+        try:
+            receivers = await begun.future  # type: ignore[misc]  # set by `begin`
+        except asyncio.CancelledError:
+            publisher.withdraw(begun)
+            raise
+        return Receipt(begun.id, receivers)
 
     @overload
     def publish_nowait(self, channel: str, event: Event, /) -> str: ...
@@ -361,7 +371,7 @@ class EventBus(Declarations):
             received=receiver.received,
             delivered=receiver.total("delivered"),
             skipped=receiver.total("skipped"),
-            invalid=receiver.invalid,
+            invalid=receiver.dispatcher.invalid,
             dropped=receiver.total("dropped"),
             conflated=receiver.total("conflated") + publisher.conflated,
             missed=receiver.missed,

@@ -43,7 +43,23 @@ _HEAD = re.compile(
     + rb'((?:,"(?!(?:' + _CORE + rb')")[a-z0-9]{1,20}":'
     + rb'(?:"(?:[^"\\\x00-\x1f]|\\.)*"|-?[0-9]{1,19}|true|false))*),"data":'
 )  # fmt: skip
+_OWN = re.compile(
+    rb'\{"specversion":"1\.0","id":"[0-9a-f-]++","source":"([^"]++)(?<!\\)"'
+    rb',"type":"([^"]++)(?<!\\)","time":"[^"]{20,35}+(?<!\\)"'
+    rb',"busseq":([1-9][0-9]{0,17}+),"data":'
+)
+_PLAIN_TEXT = re.compile(rb'[^"\\\x00-\x1f]+')
 _MAX_REASONS = 10
+
+own_layout = _OWN.match
+"""Recognise our own layout, without headers: source, type and number as groups, the data from the
+end of the match to the last byte but one. A type that is not `is_plain`, and everything that does not
+match, goes through `peek`."""
+
+
+def is_plain(text: bytes) -> bool:
+    """Whether the inside of a JSON string stands for itself."""
+    return _PLAIN_TEXT.fullmatch(text) is not None
 
 
 def _not_empty(text: str) -> str:
@@ -165,11 +181,15 @@ class Reader:
         if head.short and payload.endswith(b"}"):
             try:
                 return self.direct(payload[head.short : -1])
-            except (ValidationError, ValueError):
+            except ValueError:
                 pass  # the long way judges
+        return self.read_long(payload, head.binary)
+
+    def read_long(self, payload: bytes, binary: str | None) -> Any:
+        """The body inside an envelope of any layout. Raises InvalidEvent."""
         try:
-            if head.binary is not None:
-                return self.direct(b64decode(head.binary, validate=True))
+            if binary is not None:
+                return self.direct(b64decode(binary, validate=True))
             if self._wrapped is None:
                 self._wrapped = _wrap(self.key)
             return self._wrapped(payload)
@@ -312,6 +332,23 @@ _PROVABLE = 4096
 """Bytes. Longer data is always read back: very long numbers are where codecs disagree."""
 
 
+@lru_cache(maxsize=1024)
+def event_writer(cls: type[Event]) -> Callable[[Event], bytes]:
+    """What writes events of a class; see `encode_data`."""
+    cls.model_rebuild()
+    to_json = cls.__pydantic_serializer__.to_json
+    validate = cls.__pydantic_validator__.validate_json
+    plain = _traits(cls).plain
+
+    def write(event: Event) -> bytes:
+        data: bytes = to_json(event, by_alias=True, warnings="error")
+        if not plain or len(data) > _PROVABLE:
+            validate(data)
+        return data
+
+    return write
+
+
 def encode_data(event: Event) -> bytes:
     """The event as JSON. Raises InvalidEvent for what a receiver would refuse.
 
@@ -319,15 +356,11 @@ def encode_data(event: Event) -> bytes:
     """
     cls = type(event)
     try:
-        data = cls.__pydantic_serializer__.to_json(event, by_alias=True, warnings="error")
-        if len(data) > _PROVABLE or not _traits(cls).plain:
-            cls.__pydantic_validator__.validate_json(data)
+        return event_writer(cls)(event)
     except ValidationError as error:
         reasons = reasons_of(error)
     except (PydanticSerializationError, ValueError):  # their texts quote the data
         reasons = ("a value does not fit its field, or has no JSON form",)
-    else:
-        return data
     raise InvalidEvent(
         f"{cls.__qualname__} cannot be published, since no receiver could read it:"
         f" {'; '.join(reasons)}",
@@ -336,32 +369,34 @@ def encode_data(event: Event) -> bytes:
     )
 
 
-def write_head(
-    id: str, source: str, type: str, time: str, headers: Mapping[str, Header]
-) -> tuple[bytes, bytes]:
-    """The bytes before and after the number. The data and one closing brace complete them.
-
-    `id`, `source`, `type`, `time` must need no JSON escape. Raises TypeError for a header that JSON
-    cannot carry.
-    """
-    before = (
-        f'{{"specversion":"1.0","id":"{id}","source":"{source}","type":"{type}","time":"{time}"'
-        ',"busseq":'
+def write_head(source: str, type: str) -> tuple[bytes, bytes, bytes]:
+    """What stands around the id and the time of every event of a type: before the id, between the
+    two, and after the time (up to the number). The texts must need no JSON escape."""
+    return (
+        b'{"specversion":"1.0","id":"',
+        f'","source":"{source}","type":"{type}","time":"'.encode(),
+        b'","busseq":',
     )
-    if not headers:
-        return before.encode(), b',"data":'
-    return before.encode(), b"," + orjson.dumps(dict(headers))[1:-1] + b',"data":'
+
+
+def write_headers(headers: Mapping[str, Header]) -> bytes:
+    """What stands between the number and the data. Raises TypeError for what JSON cannot carry."""
+    return b"," + orjson.dumps(dict(headers))[1:-1] + DATA if headers else DATA
+
+
+DATA = b',"data":'
 
 
 # -- A frame and its message -----------------------------------------------------------------------
 
 
 class Frame:
-    """One message as it arrived, shared by the lanes that it waits in. Decoded when first asked."""
+    """One message as it arrived, looked at only as far as somebody asks. Handlers of several routes
+    share one, and with it what was read."""
 
     __slots__ = ("channel", "head", "judged", "payload", "_read")
 
-    def __init__(self, channel: str, payload: bytes, head: Head | None) -> None:
+    def __init__(self, channel: str, payload: bytes, head: Head | None = None) -> None:
         self.channel = channel
         self.payload = payload
         self.head = head
@@ -373,7 +408,7 @@ class Frame:
         """The head, read the long way when need be. Raises InvalidEvent."""
         head = self.head
         if head is None:
-            head = self.head = read_head(self.payload)
+            head = self.head = peek(self.payload) or read_head(self.payload)
         return head
 
     def body(self, reader: Reader) -> Any:

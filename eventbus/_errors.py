@@ -4,7 +4,7 @@ Every error of this package is an `EventBusError`. Its text says what happened, 
 do next; its fields carry the same facts for programs. Only exception classes may enter here.
 
     EventBusError
-    ├── BusClosed           the bus is not started, is stopped, or belongs to another loop or process
+    ├── BusClosed           the bus is not started, is stopped, or is another loop's or process's
     ├── BusUnavailable      certainly not sent (or: could not start); Redis cannot be reached
     ├── PublishUncertain    written to the socket, and nobody can say whether it arrived
     ├── PermissionDenied    Redis refuses this user these channels or patterns
@@ -77,7 +77,7 @@ class InvalidEvent(EventBusError, ValueError):
 
 
 class InvalidChannel(EventBusError, ValueError):
-    """Not a channel name: empty, control characters, too long, or a field that escapes its place."""
+    """Not a channel name: empty, control characters, too long, a field that escapes its place."""
 
     channel: str | None = None
 

@@ -24,7 +24,8 @@ class Event(BaseModel):
 
     Class keywords: `type`, the name on the wire (default: the class name; never inherited), and
     `channel`, a template rendered from the fields of the same name (inherited). Instances are
-    frozen; unknown fields are ignored, so that a newer publisher does not break an older subscriber.
+    frozen; unknown fields are ignored, so that a newer publisher does not break an older
+    subscriber.
     """
 
     model_config = ConfigDict(
@@ -69,8 +70,8 @@ def _check_fields(cls: type[Event], template: Template) -> None:
         field = cls.model_fields.get(name)
         if field is None:
             raise InvalidChannel(
-                f"the channel template {template.text!a} of {cls.__qualname__} names"
-                f" {name!r}, which is not a field (fields: {', '.join(cls.model_fields) or 'none'})",
+                f"the channel template {template.text!a} of {cls.__qualname__} names {name!r},"
+                f" which is not a field (fields: {', '.join(cls.model_fields) or 'none'})",
                 channel=template.text,
             )
         if cls.__pydantic_complete__ and not _is_scalar(field.annotation):

@@ -48,6 +48,12 @@ class Body:
         self._reader = reader
         self._readers = readers
 
+    def reader_for(self, type: bytes) -> Reader | None:
+        """What reads a message of this wire type out of an envelope; None: nothing, or no need."""
+        if self.bare:
+            return None
+        return self._reader if self._readers is None else self._readers.get(type)
+
     def decode(self, frame: Frame) -> Any:
         """The event of this frame, or SKIP. Raises InvalidEvent."""
         if self._readers is not None:
@@ -119,8 +125,8 @@ class CallPlan:
     """How to call one handler."""
 
     __slots__ = (
-        "_body_name", "_captures", "_fast", "_only", "_slots",
-        "body", "bus_name", "fn", "name", "needs_message", "required", "signature", "threaded",
+        "_captures", "_only", "_slots", "_wants_dict",
+        "body", "bus_name", "fn", "name", "needs_message", "required", "signature", "takes_event_first", "threaded",
     )  # fmt: skip
 
     def __init__(
@@ -143,11 +149,22 @@ class CallPlan:
         """Captures that every pattern must have."""
         self.bus_name = bus_name
         self.needs_message = _MESSAGE in slots.values()
+        self._wants_dict = _DICT in slots.values() and _BODY in slots.values() and not body.bare
         self._slots = slots
         self._captures = captures
         self._only = only
-        self._body_name = next((name for name, kind in slots.items() if kind == _BODY), None)
-        self._fast = list(slots.values()) == [_BODY] and not only
+        self.takes_event_first = self._is_simple(slots)
+        """Whether ``fn(event, **static)`` is the whole call."""
+
+    def _is_simple(self, slots: dict[str, str]) -> bool:
+        first = next(iter(self.signature.parameters.values()), None)
+        return (
+            list(slots.values()) == [_BODY]
+            and first is not None
+            and first.name in slots
+            and first.kind is not first.KEYWORD_ONLY
+            and set(self._only) <= set(slots)
+        )
 
     def static(self, captures: Mapping[str, str], bus: object) -> dict[str, Any]:
         """The arguments that are the same for every message of one channel.
@@ -166,15 +183,17 @@ class CallPlan:
             found[self.bus_name] = bus
         return found
 
+    def check(self, frame: Frame) -> None:
+        """Raise InvalidEvent when a second view of the body (a dict beside a model) is no such."""
+        if self._wants_dict:
+            frame.body(DICT)
+
     def call(
         self, event: Any, frame: Frame, static: dict[str, Any], message: Message[Any] | None
     ) -> Any:
-        """Call the handler; returns what it returns (an awaitable for `async def`).
-
-        Raises InvalidEvent when a second view of the body (a dict beside a model) cannot be read.
-        """
-        if self._fast:
-            return self.fn(**{self._body_name: event}, **static)  # type: ignore[misc]
+        """Call the handler; returns what it returns (an awaitable for `async def`)."""
+        if self.takes_event_first:
+            return self.fn(event, **static)
         filled = dict(static)
         for name, kind in self._slots.items():
             if kind == _BODY:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, Literal, Protocol
 
 from anyio import CapacityLimiter
 
-from eventbus._envelope import Frame
+from eventbus._envelope import Frame, Reader
 from eventbus._errors import InvalidHandler
 from eventbus._handlers import Body, CallPlan
 from eventbus._messages import HandlerStats
@@ -59,123 +58,122 @@ class Options:
 
 
 class Target:
-    """Where a frame of one channel goes: a lane, and all that is the same for each such frame."""
+    """Where the frames of one channel go: a lane, and all that is the same for each of them.
 
-    __slots__ = ("captures", "lane", "pattern", "static", "types")
+    `static` are arguments of the handler; None when a capture did not convert: such frames are
+    skipped.
+    """
+
+    __slots__ = ("captures", "channel", "lane", "pattern", "static")
 
     def __init__(
         self,
         lane: Lane,
+        channel: str,
         pattern: str,
         captures: Mapping[str, str],
         static: dict[str, Any] | None,
     ) -> None:
         self.lane = lane
+        self.channel = channel
         self.pattern = pattern
         self.captures = captures
         self.static = static
-        """Arguments of the handler; None when a capture did not convert: such frames are skipped."""
-        self.types = lane.body.types if static is not None else frozenset[bytes]()
-        """Wire types that the lane takes; None: all."""
+
+    def wants(self, type: bytes) -> bool:
+        """Whether a message of this wire type is for the lane."""
+        types = self.lane.body.types
+        return self.static is not None and (types is None or type in types)
 
 
-class Item:
-    """A frame that waits in a lane."""
-
-    __slots__ = ("frame", "taken", "target")
-
-    def __init__(self, frame: Frame, target: Target) -> None:
-        self.frame = frame
-        self.target = target
-        self.taken = False
+Item = tuple[Target, bytes, int, Reader | None, Frame | None]
+"""What waits in a lane: the target, the payload, where its data begins with the reader for it (0 and
+None when the layout is not our own), and the frame that several lanes share (or None). A plain tuple:
+one is made per message and handler."""
 
 
 class _Queue(Protocol):
     def __len__(self) -> int: ...
-    def push(self, item: Item) -> Item | None: ...
-    def pop(self) -> Item | None: ...
-    def done(self, item: Item) -> None: ...
-    def drop(self) -> Item | None: ...
+    def append(self, item: Item) -> Item | None: ...
+    def popleft(self) -> Item:
+        """The next item to work on. Raises IndexError when there is none."""
+        ...
+
+    @property
+    def done(self) -> Callable[[Item], None] | None:
+        """What wants to know when an item was worked on, if anything does."""
+        ...
+
+    def drop(self) -> Item:
+        """The item to drop. Raises IndexError when there is none."""
+        ...
 
 
-class _Plain:
+class _Plain(deque[Item]):
     """In order of arrival."""
 
-    def __init__(self) -> None:
-        self._items: deque[Item] = deque()
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def push(self, item: Item) -> None:
-        self._items.append(item)
-
-    def pop(self) -> Item | None:
-        return self._items.popleft() if self._items else None
-
-    def done(self, item: Item) -> None:
-        pass
-
-    def drop(self) -> Item | None:
-        return self.pop()
+    done = None
+    drop = deque.popleft
 
 
 class _PerChannel:
-    """In order within a channel; a channel is worked on by one worker at a time."""
+    """In order within a channel; a channel is worked on by one worker at a time.
+
+    `_arrivals` is all items in order of arrival, each with a mark whether it was taken since.
+    """
 
     def __init__(self) -> None:
-        self._channels: dict[str, deque[Item]] = {}
+        self._channels: dict[str, deque[list[Any]]] = {}
         self._ready: deque[str] = deque()
         self._busy: set[str] = set()
-        self._arrivals: deque[Item] = deque()
+        self._arrivals: deque[list[Any]] = deque()
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
-    def push(self, item: Item) -> None:
-        channel = item.frame.channel
+    def append(self, item: Item) -> None:
+        channel = item[0].channel
         waiting = self._channels.get(channel)
         if waiting is None:
             waiting = self._channels[channel] = deque()
             if channel not in self._busy:
                 self._ready.append(channel)
-        waiting.append(item)
+        marked = [item, False]
+        waiting.append(marked)
         if len(self._arrivals) > 2 * self._size + 64:
-            self._arrivals = deque(known for known in self._arrivals if not known.taken)
-        self._arrivals.append(item)
+            self._arrivals = deque(known for known in self._arrivals if not known[1])
+        self._arrivals.append(marked)
         self._size += 1
 
-    def pop(self) -> Item | None:
-        while self._ready:
+    def popleft(self) -> Item:
+        while True:
             channel = self._ready.popleft()
-            if channel in self._busy or channel not in self._channels:
-                continue
-            self._busy.add(channel)
-            return self._take(channel)
-        return None
+            if channel not in self._busy and channel in self._channels:
+                self._busy.add(channel)
+                return self._take(channel)
 
     def _take(self, channel: str) -> Item:
         waiting = self._channels[channel]
-        item = waiting.popleft()
+        marked = waiting.popleft()
         if not waiting:
             del self._channels[channel]
-        item.taken = True
+        marked[1] = True
         self._size -= 1
+        item: Item = marked[0]
         return item
 
     def done(self, item: Item) -> None:
-        channel = item.frame.channel
+        channel = item[0].channel
         self._busy.discard(channel)
         if channel in self._channels:
             self._ready.append(channel)
 
-    def drop(self) -> Item | None:
-        while self._arrivals:
-            oldest = self._arrivals.popleft()
-            if not oldest.taken:
-                return self._take(oldest.frame.channel)
-        return None
+    def drop(self) -> Item:
+        while True:
+            item, taken = self._arrivals.popleft()
+            if not taken:
+                return self._take(item[0].channel)
 
 
 class _Latest:
@@ -188,24 +186,26 @@ class _Latest:
     def __len__(self) -> int:
         return len(self._items)
 
-    def push(self, item: Item) -> Item | None:
-        channel = item.frame.channel
+    def append(self, item: Item) -> Item | None:
+        channel = item[0].channel
         replaced = self._items.get(channel)
         self._items[channel] = item
         return replaced
 
-    def pop(self) -> Item | None:
+    def popleft(self) -> Item:
         for channel in self._items:
             if channel not in self._busy:
                 self._busy.add(channel)
                 return self._items.pop(channel)
-        return None
+        raise IndexError
 
     def done(self, item: Item) -> None:
-        self._busy.discard(item.frame.channel)
+        self._busy.discard(item[0].channel)
 
-    def drop(self) -> Item | None:
-        return self._items.popitem(last=False)[1] if self._items else None
+    def drop(self) -> Item:
+        if not self._items:
+            raise IndexError
+        return self._items.popitem(last=False)[1]
 
 
 def _queue_for(options: Options) -> _Queue:
@@ -217,29 +217,31 @@ def _queue_for(options: Options) -> _Queue:
 
 
 class Pool:
-    """All lanes of a bus, which share one bound on the bytes that wait."""
+    """All lanes of a bus, which share one bound on the bytes that wait. `busy` are the lanes in which
+    something may wait."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.lanes: dict[Lane, None] = {}
-        self.bytes = 0
-        self.max_bytes = max_bytes
-        self.crowded: set[Lane] = set()
+        self.busy: set[Lane] = set()
+        self._max_bytes = max_bytes
 
-    def shed(self) -> None:
-        """Let the lanes with most bytes drop until the bound holds."""
-        while self.bytes > self.max_bytes:
-            fullest = max(self.lanes, key=lambda lane: lane.bytes)
+    def pressure(self) -> bool:
+        """Called once per read. While the bound is passed, the lane with most bytes drops by its own
+        policy. Returns whether a lane is more than half full."""
+        if not self.busy:
+            return False
+        total = sum(lane.bytes for lane in self.busy)
+        while total > self._max_bytes:
+            fullest = max(self.busy, key=lambda lane: lane.bytes)
+            before = fullest.bytes
             if not fullest.drop():
-                return
-
-    def behind(self) -> bool:
-        """Whether a lane is more than half full."""
-        return bool(self.crowded)
+                break
+            total -= before - fullest.bytes
+        return any(len(lane.queue) * 2 > lane.options.max_queue for lane in self.busy)
 
 
 class Lane:
     """The queue of one route, and how its handler is called (`plan` is None for a stream, which is
-    read by its user). `work` handles one item; `on_drop` hears of each message dropped."""
+    read by its user). `serve` is the work of one worker; `on_drop` hears of each message dropped."""
 
     def __init__(
         self,
@@ -249,7 +251,7 @@ class Lane:
         plan: CallPlan | None,
         pool: Pool,
         on_drop: Callable[[Lane, Item], None],
-        work: Callable[[Item], Awaitable[None]],
+        serve: Callable[[Lane], Coroutine[Any, Any, None]],
     ) -> None:
         self.name = name
         self.options = options
@@ -260,18 +262,19 @@ class Lane:
         self.queue = _queue_for(options)
         self.bytes = 0
         self.delivered = self.dropped = self.failed = self.skipped = self.conflated = 0
+        self.closed = False
+        self.echo = options.echo
+        self._max = options.max_queue
         self._pool = pool
         self._on_drop = on_drop
-        self._work = work
+        self._serve = serve
         self._workers: set[asyncio.Task[None]] = set()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._waiters: list[asyncio.Future[None]] = []
         self._exempt: asyncio.Task[Any] | None = None
-        self.active = 0
-        self.closed = False
-        pool.lanes[self] = None
 
     def stats(self) -> HandlerStats:
+        """The lane as it stands."""
         return HandlerStats(
             len(self.queue),
             self.bytes,
@@ -284,43 +287,62 @@ class Lane:
 
     # -- The reader's side -------------------------------------------------------------------------
 
-    def put(self, frame: Frame, target: Target) -> None:
-        """Queue one frame; drops by the lane's policy when it is full. Never waits."""
-        if self.closed:
-            return
-        item = Item(frame, target)
+    def put(self, item: Item) -> None:
+        """Queue one item; drops by the lane's policy when it is full. Never waits."""
         queue = self.queue
-        if len(queue) >= self.options.max_queue and self.options.overflow != "latest":
-            if self.options.overflow == "drop_newest":
-                self._lose(item)
-                return
-            self.drop()
-        replaced = queue.push(item)
-        size = len(frame.payload)
+        if len(queue) >= self._max and self._makes_no_room(item):
+            return
+        replaced = queue.append(item)
+        self.bytes += len(item[1])
         if replaced is not None:
+            self.bytes -= len(replaced[1])
             self.conflated += 1
-            size -= len(replaced.frame.payload)
-        elif len(queue) > self.options.max_queue:
-            self.drop()
-        self.bytes += size
-        self._pool.bytes += size
-        if len(queue) * 2 > self.options.max_queue:
-            self._pool.crowded.add(self)
-        if self._pool.bytes > self._pool.max_bytes:
-            self._pool.shed()
         if self._idle:
-            waiter = self._idle.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-        elif self.plan is not None and len(self._workers) < self.options.concurrency:
+            self._wake()
+        elif len(self._workers) < self.options.concurrency:
             self._hire()
+
+    def put_all(self, items: list[Item]) -> None:
+        """Queue several items, in order."""
+        queue = self.queue
+        if type(queue) is not _Plain or len(queue) + len(items) > self._max or not items:
+            for item in items:
+                self.put(item)
+            return
+        queue.extend(items)
+        self.bytes += sum([len(item[1]) for item in items])
+        for _ in items:
+            if self._idle:
+                self._wake()
+            elif len(self._workers) < self.options.concurrency:
+                self._hire()
+            else:
+                break
+
+    def _makes_no_room(self, item: Item) -> bool:
+        """The lane is full. Whether that is the end of this item."""
+        if self.closed:
+            return True
+        if self.options.overflow == "drop_newest":
+            self._lose(item)
+            return True
+        if not (isinstance(self.queue, _Latest) and item[0].channel in self.queue._items):
+            self.drop()
+        return False
+
+    def _wake(self) -> None:
+        waiter = self._idle.popleft()
+        self._pool.busy.add(self)
+        if not waiter.done():
+            waiter.set_result(None)
 
     def drop(self) -> bool:
         """Drop one message by the lane's policy; False when there is none."""
-        item = self.queue.drop()
-        if item is None:
+        try:
+            item = self.queue.drop()
+        except IndexError:
             return False
-        self._release(item)
+        self.bytes -= len(item[1])
         self._lose(item)
         return True
 
@@ -328,36 +350,24 @@ class Lane:
         self.dropped += 1
         self._on_drop(self, item)
 
-    def _release(self, item: Item) -> None:
-        size = len(item.frame.payload)
-        self.bytes -= size
-        self._pool.bytes -= size
-        if self._pool.crowded and len(self.queue) * 2 <= self.options.max_queue:
-            self._pool.crowded.discard(self)
-
     # -- The workers' side -------------------------------------------------------------------------
 
     def take(self) -> Item | None:
-        """The next item, or None. The taker calls `finish` when it is done with it."""
-        item = self.queue.pop()
-        if item is not None:
-            self._release(item)
-            self.active += 1
+        """The next item, or None. The taker tells `done` when it is done with it."""
+        try:
+            item = self.queue.popleft()
+        except IndexError:
+            return None
+        self.bytes -= len(item[1])
         return item
-
-    def finish(self, item: Item) -> None:
-        self.active -= 1
-        self.queue.done(item)
-        if not self.active and self._waiters and not len(self.queue):
-            for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self._waiters.clear()
 
     async def wait(self) -> None:
         """Return when something was put."""
         waiter = asyncio.get_running_loop().create_future()
         self._idle.append(waiter)
+        if not len(self.queue):
+            self._pool.busy.discard(self)
+            self._tell_drained()
         try:
             await waiter
         except asyncio.CancelledError:
@@ -366,46 +376,40 @@ class Lane:
             raise
 
     def _hire(self) -> None:
-        worker = asyncio.get_running_loop().create_task(self._run(), name=f"eventbus {self.name}")
+        self._pool.busy.add(self)
+        if self.plan is None or self.closed:
+            return
+        loop = asyncio.get_running_loop()
+        worker = loop.create_task(self._serve(self), name=f"eventbus {self.name}")
         self._workers.add(worker)
         worker.add_done_callback(self._workers.discard)
 
-    async def _run(self) -> None:
-        work = self._work
-        turn = monotonic()
-        while not self.closed:
-            item = self.take()
-            if item is None:
-                await self.wait()
-                turn = monotonic()
-                continue
-            try:
-                await work(item)
-            finally:
-                self.finish(item)
-            if monotonic() - turn > TURN:
-                await asyncio.sleep(0)
-                turn = monotonic()
-
     # -- The end -----------------------------------------------------------------------------------
+
+    def _is_drained(self) -> bool:
+        return not len(self.queue) and len(self._workers) == len(self._idle)
+
+    def _tell_drained(self) -> None:
+        if self._waiters and self._is_drained():
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._waiters.clear()
 
     async def drain(self, caller: asyncio.Task[Any] | None) -> None:
         """Return when nothing waits and nothing runs. A handler that itself waits for this (the
-        `caller`) is not waited for, nor is what only it could have handled."""
+        `caller`) is not waited for, nor is what stands behind it in its lane."""
         if caller in self._workers:
             self._exempt = caller
-            if self.options.concurrency == 1 or self.active == 1:
-                return
-        elif self.active or len(self.queue):
+        elif not self._is_drained():
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
 
     async def close(self) -> None:
-        """Cancel the workers and drop what still waits. Idempotent."""
+        """Cancel the workers; what still waits is dropped and counted. Idempotent."""
         self.closed = True
-        self._pool.lanes.pop(self, None)
-        self._pool.crowded.discard(self)
+        self._pool.busy.discard(self)
         for waiter in self._idle:
             if not waiter.done():
                 waiter.set_result(None)
@@ -415,6 +419,6 @@ class Lane:
             worker.cancel()
         if workers:
             await asyncio.wait(workers)
-        while (item := self.queue.drop()) is not None:
-            self._release(item)
+        while len(self.queue):
+            self.bytes -= len(self.queue.drop()[1])
             self.dropped += 1

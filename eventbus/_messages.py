@@ -85,8 +85,7 @@ class Gap:
     since: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What `publish` returns. `receivers` is Redis's own count of the copies that it handed out
     (not people, not handlers); None when the event was buffered or dropped during an outage."""
 

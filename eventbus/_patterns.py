@@ -15,8 +15,10 @@ Pure: no I/O, no clock. Only what is true of names alone may enter.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache, reduce
+from itertools import takewhile
+from operator import and_, or_
 
 from eventbus._errors import InvalidChannel, InvalidPattern
 
@@ -49,27 +51,34 @@ def decode_name(name: bytes) -> str:
 
 
 def flaw(name: str) -> str | None:
-    """What makes this text unfit as a name, or None."""
+    """What makes this text unfit as a name, or None. The length is judged by `oversize`."""
     if not name:
         return "is empty"
     if _CONTROL.search(name):
         return "has a control character"
     try:
-        size = len(encode_name(name))
+        same = name.isascii() or decode_name(encode_name(name)) == name
     except UnicodeEncodeError:
         return "has a lone surrogate, which has no UTF-8 form"
-    return (
-        f"is {size} bytes long, over the {MAX_NAME} that are allowed" if size > MAX_NAME else None
-    )
+    return None if same else "spells UTF-8 in surrogate escapes, and would come back as other text"
+
+
+def oversize(wire: bytes) -> str | None:
+    """What makes these bytes too long for a name, or None."""
+    if len(wire) <= MAX_NAME:
+        return None
+    return f"is {len(wire)} bytes long, over the {MAX_NAME} that are allowed"
 
 
 def check_channel(name: str, prefix: str = "") -> bytes:
-    """The bytes of a channel on the wire, `prefix` first. Raises InvalidChannel."""
+    """The bytes of a channel on the wire, after a fit `prefix`. Raises InvalidChannel."""
     if not isinstance(name, str):
         raise InvalidChannel(f"a channel is a str, not {type(name).__name__}")
-    if problem := flaw(name) or flaw(prefix + name):
-        raise InvalidChannel(f"channel {name!a} {problem}", channel=name)
-    return encode_name(prefix + name)
+    problem = flaw(name)
+    wire = b"" if problem else encode_name(prefix + name)
+    if problem := problem or oversize(wire):
+        raise InvalidChannel(f"channel {name!a:.200} {problem}", channel=name)
+    return wire
 
 
 def escape(text: str) -> str:
@@ -133,25 +142,21 @@ def tokenize(glob: bytes) -> tuple[int, ...]:
 
 def literal_prefix(tokens: tuple[int, ...]) -> bytes:
     """The bytes of the tokens before the first that is not a single byte."""
-    found = bytearray()
-    for token in tokens:
-        if token <= 0 or token.bit_count() != 1:
-            break
-        found.append(token.bit_length() - 1)
-    return bytes(found)
+    single = takewhile(lambda token: token > 0 and token.bit_count() == 1, tokens)
+    return bytes(token.bit_length() - 1 for token in single)
 
 
 @lru_cache(maxsize=4096)
 def _table(token: int) -> bytes:
     """A translation table: byte to ``1`` where the set has it, else ``0``."""
-    return bytes(48 + (token >> byte & 1) for byte in range(256))
+    return f"{token:0256b}"[::-1].encode()
 
 
 def _path_lengths(name: bytes) -> int:
     """Bit j is set when the last j bytes of `name` are one or more non-empty segments."""
     if name.endswith(b":"):
         return 0
-    allowed = (1 << (len(name) - name.rfind(b"::") - 1 + 1)) - 1
+    allowed = (1 << (len(name) - name.rfind(b"::"))) - 1
     return (int(name.translate(_table(_NOT_COLON)), 2) << 1) & allowed
 
 
@@ -185,7 +190,10 @@ def _align(tokens: tuple[int, ...], name: bytes) -> list[int] | None:
 
 
 def glob_matches(tokens: tuple[int, ...], name: bytes) -> bool:
-    """Whether a plain glob, as tokens, matches the whole of `name`."""
+    """Whether a plain glob, as tokens, matches the whole of `name`, a channel or the rest of one.
+
+    A star takes an empty rest; the empty channel, which it does not take in Redis, is never asked.
+    """
     return tokens == (STAR,) or _align(tokens, name) is not None
 
 
@@ -208,46 +216,39 @@ def _walk(tokens: tuple[int, ...], states: list[int], name: bytes) -> list[bytes
 class Pattern:
     """What a handler listens to, parsed. Make one with `Pattern(text)`; equal texts are equal.
 
-    `wire` is the glob for the server; `literal` the one channel when there is nothing to match, else
-    None; `prefix` the literal bytes before the first wildcard; `captures` the names in the braces.
+    `wire` is the glob for the server; `literal` the one channel when there is nothing to match,
+    else None; `prefix` and `suffix` the literal bytes before the first and after the last wildcard;
+    `captures` the names in the braces.
     Raises InvalidPattern, naming the pattern and what is wrong with it.
     """
 
     __slots__ = ("captures", "literal", "prefix", "suffix", "text", "tokens", "wire", "_middle")
 
-    text: str
-    captures: tuple[str, ...]
-    wire: bytes
-    literal: bytes | None
-    prefix: bytes
-    suffix: bytes
-    tokens: tuple[int, ...]
-    _middle: tuple[int, ...]
-
     def __init__(self, text: str) -> None:
         if problem := flaw(text):
-            raise InvalidPattern(f"pattern {text!a} {problem}", pattern=text)
-        tokens, wire, captures = _parse(text)
+            raise InvalidPattern(f"pattern {text!a:.200} {problem}", pattern=text)
         self.text = text
-        self.captures = captures
-        self.wire = wire
-        self.tokens = tokens
-        self.prefix = literal_prefix(tokens)
+        self.tokens, self.wire, self.captures = _parse(text)
+        self.prefix = literal_prefix(self.tokens)
         fixed = len(self.prefix)
-        self.literal = self.prefix if fixed == len(tokens) else None
-        self.suffix = literal_prefix(tokens[fixed:][::-1])[::-1]
-        self._middle = tokens[fixed : len(tokens) - len(self.suffix)]
+        self.literal = self.prefix if fixed == len(self.tokens) else None
+        self.suffix = literal_prefix(self.tokens[fixed:][::-1])[::-1]
+        self._middle = self.tokens[fixed : len(self.tokens) - len(self.suffix)]
+        if problem := oversize(self.wire if self.literal is None else self.literal):
+            raise InvalidPattern(f"pattern {text!a:.200} {problem}", pattern=text)
 
     def match(self, name: bytes) -> dict[str, str] | None:
         """The captures when this pattern, captures included, matches the channel; else None."""
         start, end = len(self.prefix), len(name) - len(self.suffix)
-        if start > end or not name.startswith(self.prefix) or not name.endswith(self.suffix):
+        if not (name and start <= end and name.startswith(self.prefix)):
+            return None
+        if not name.endswith(self.suffix):
             return None
         middle = self._middle
         rest = name[start:end]
         if len(middle) == 1 and middle[0] < 0:  # `chat:*` and `chat:{room}`: nearly every pattern
             if middle[0] == STAR:
-                return {} if name else None
+                return {}
             if not rest or (
                 b":" in rest
                 if middle[0] == SEGMENT
@@ -258,9 +259,7 @@ class Pattern:
         states = _align(middle, rest)
         if states is None:
             return None
-        if not self.captures:
-            return {}
-        found = _walk(middle, states, rest)
+        found = _walk(middle, states, rest) if self.captures else []
         return dict(zip(self.captures, map(decode_name, found), strict=True))
 
     def __eq__(self, other: object) -> bool:
@@ -274,7 +273,7 @@ class Pattern:
 
 
 def _capture(text: bytes, i: int) -> tuple[str, bool, int]:
-    """The capture that opens at `text[i]`: its name, whether it is a path, and the index after it."""
+    """The capture that opens at `text[i]`: its name, whether it is a path, and its end."""
     end = text.find(b"}", i)
     if end < 0:
         raise InvalidPattern("has a brace that is not closed; a literal brace is written {{")
@@ -319,7 +318,7 @@ def _parse(text: str) -> tuple[tuple[int, ...], bytes, tuple[str, ...]]:
                 wire += source[i:end]
                 i = end
     except InvalidPattern as error:
-        raise InvalidPattern(f"pattern {text!a} {error}", pattern=text) from None
+        raise InvalidPattern(f"pattern {text!a:.200} {error}", pattern=text) from None
     return tuple(tokens), bytes(wire), tuple(captures)
 
 
@@ -332,46 +331,66 @@ def _normal(tokens: tuple[int, ...]) -> tuple[int, ...]:
     row: list[int] = []
     star = False
     for token in tokens:
+        if star and 0 <= token < ANY:
+            row.append(STAR)
+            star = False
         if token < 0:
             star = True
-        elif token == ANY:
-            row.append(token)
         else:
-            if star:
-                row.append(STAR)
-                star = False
             row.append(token)
     if star:
         row.append(STAR)
     return (ANY, STAR) if row == [STAR] else tuple(row)
 
 
+def _least(states: Iterable[int]) -> frozenset[int]:
+    """The states that include no other; when these are too many, the one state that all include."""
+    distinct = set(states)
+    if len(distinct) > 1:
+        distinct = {s for s in distinct if not any(o & ~s == 0 for o in distinct if o != s)}
+    return frozenset(distinct if len(distinct) <= 16 else [reduce(and_, distinct)])
+
+
 def covers(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether every channel that the glob `b` matches is matched by the glob `a` too.
 
-    Never wrongly True; complete for literals and `*`. Takes the tokens of both.
-    `a` runs as an automaton over the tokens of `b`: a set needs a set that includes it, or a star;
-    a star needs a star.
+    Takes the tokens of both. Never wrongly True; wrongly False only where `_least` gives up. `a`
+    runs as an automaton over the tokens of `b`. A state has bit i when `a[i:]` is what is left, and
+    there is one for each way to read `b`. Only the least count: larger ones accept what they do.
     """
     a, b = _normal(a), _normal(b)
-    if 0 in b:
-        return True
-    stars = sum(1 << i for i, token in enumerate(a) if token == STAR)
-    includes: dict[int, int] = {}
-    state = 1 | (stars & 1) << 1
+    head = () if a == (ANY, STAR) else a[:-1]
+    if 0 in b or (a[-1:] == (STAR,) and STAR not in head and head == b[: len(head)]):
+        return True  # a set without bytes matches nothing; `x*` is nearly every cover
+    where: dict[int, int] = {}  # each distinct set of `a`, and its places
+    for i, token in enumerate(a):
+        where[token] = where.get(token, 0) | 1 << i
+    stars, anywhere = where.pop(STAR, 0), where.pop(ANY, 0)
+    known = reduce(or_, where, 0)
+    steps: dict[int, frozenset[int]] = {}
+
+    def read(states: Iterable[int], token: int) -> Iterator[int]:
+        if token not in steps:
+            parts = {token: anywhere}  # the set in parts, and the places in `a` that take each
+            for mine, there in () if token & ~known else where.items():
+                inside = {part & mine: mask | there for part, mask in parts.items() if part & mine}
+                parts = {p & ~mine: mask for p, mask in parts.items() if p & ~mine} | inside
+            steps[token] = _least(parts.values())
+        for state in states:
+            for step in steps[token]:
+                moved = state & stars | (state & step) << 1
+                yield moved | (moved & stars) << 1
+
+    states = frozenset([1 | (stars & 1) << 1])
     for token in b:
-        if token == STAR:
-            state &= stars
+        if token != STAR:
+            states = _least(read(states, token))
         else:
-            if token not in includes:
-                includes[token] = sum(
-                    1 << i for i, mine in enumerate(a) if mine >= 0 and not token & ~mine
-                )
-            state = (state & stars) | (state & includes[token]) << 1
-        state |= (state & stars) << 1
-        if not state:
+            while states != (more := _least([*states, *read(states, ANY)])):
+                states = more
+        if 0 in states:
             return False
-    return bool(state >> len(a) & 1)
+    return all(state >> len(a) & 1 for state in states)
 
 
 class Template:
@@ -395,23 +414,20 @@ class Template:
             else:
                 if "{" in piece or "}" in piece:
                     raise InvalidPattern(
-                        f"template {text!a} has a lone brace; a literal one is doubled",
+                        f"template {text!a:.200} has a lone brace; a literal one is doubled",
                         pattern=text,
                     )
                 parts[-1] += piece
         spelled = escape(parts[0]) + "".join(
             name + escape(part) for name, part in zip(names, parts[1:], strict=True)
         )
+        try:
+            self.pattern = Pattern(spelled)
+        except InvalidPattern as error:
+            raise InvalidPattern(f"template {text!a:.200}: {error}", pattern=text) from None
         self.text = text
-        self.pattern = Pattern(spelled)
-        self.fields = {
-            name: token == PATH
-            for name, token in zip(
-                self.pattern.captures,
-                (token for token in self.pattern.tokens if token in (SEGMENT, PATH)),
-                strict=True,
-            )
-        }
+        paths = (token == PATH for token in self.pattern.tokens if token < 0)
+        self.fields = dict(zip(self.pattern.captures, paths, strict=True))
         self._parts = parts
 
     def render(self, values: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ trace. The number on the channel is given by the transport when the bytes go to 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -15,10 +15,10 @@ from time import time_ns
 from types import MappingProxyType
 from typing import Any
 
-from eventbus._envelope import encode_data, write_head
+from eventbus._envelope import DATA, encode_data, write_head, write_headers
 from eventbus._errors import BusUnavailable, InvalidChannel, InvalidEvent, PayloadTooLarge, PublishUncertain
 from eventbus._events import Event, channel_of
-from eventbus._messages import EMPTY, Message, Receipt, check_headers
+from eventbus._messages import EMPTY, Header, Message, Receipt, check_headers
 from eventbus._patterns import check_channel
 from eventbus._reports import Reports
 from eventbus._settings import Settings
@@ -32,18 +32,22 @@ _ENVELOPE_ROOM = 20
 
 
 class _Clock:
-    """The time as RFC 3339 text, with the calendar worked out once a second."""
+    """The time as RFC 3339 text with milliseconds, worked out once a millisecond."""
 
     def __init__(self) -> None:
-        self._second = 0
-        self._text = ""
+        self._millisecond = 0
+        self._text = b""
 
-    def now(self) -> str:
-        second, rest = divmod(time_ns(), 1_000_000_000)
-        if second != self._second:
-            self._second = second
-            self._text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
-        return f"{self._text}{rest // 1000:06d}Z"
+    def now(self) -> bytes:
+        millisecond = time_ns() // 1_000_000
+        if millisecond != self._millisecond:
+            self._millisecond = millisecond
+            self._text = _spell(datetime.fromtimestamp(millisecond / 1000, UTC))
+        return self._text
+
+
+def _spell(time: datetime) -> bytes:
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()
 
 
 class Publisher:
@@ -71,27 +75,35 @@ class Publisher:
         self._count = count(1)
         self._clock = _Clock()
         self._channels: dict[str, bytes] = {}
-        self._unwatched: dict[Outgoing, tuple[str, Any]] = {}
+        self._heads: dict[str, tuple[bytes, bytes, bytes]] = {}
+        self.unwatched: dict[Outgoing, tuple[str, Event]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
 
-    async def publish(self, channel: str | Event, event: Event | None = None) -> Receipt:
-        """See `EventBus.publish`."""
+    def begin(self, channel: str | Event, event: Event | None) -> Outgoing | Awaitable[Receipt]:
+        """Encode an event and hand it over; its `future` is the answer. With middleware in the way:
+        what does all of it, to be awaited."""
         name, event = _arguments(channel, event)
         if self._middleware:
-            return await self._through(0, self._message(name, event))
+            return self._through(0, self._message(name, event))
         outgoing = self._encode(name, event, self._next_id(), self._clock.now(), EMPTY)
-        return Receipt(outgoing.id, await self._send(outgoing))
+        outgoing.future = self._loop.create_future()
+        self._hand_over(outgoing)
+        return outgoing
 
-    async def _send(self, outgoing: Outgoing) -> int | None:
+    async def _sent(self, outgoing: Outgoing) -> int | None:
         future = outgoing.future = self._loop.create_future()
         self._hand_over(outgoing)
         try:
             return await future
         except asyncio.CancelledError:
-            if not outgoing.written:
-                outgoing.ended = True  # withdrawn: certainly not sent
+            self.withdraw(outgoing)
             raise
+
+    def withdraw(self, outgoing: Outgoing) -> None:
+        """Nobody waits any more: what was not written yet is certainly not sent."""
+        if not outgoing.written:
+            outgoing.ended = True
 
     def publish_nowait(self, channel: str | Event, event: Event | None = None) -> str:
         """See `EventBus.publish_nowait`."""
@@ -99,12 +111,12 @@ class Publisher:
         if self._middleware:
             message = self._message(name, event)
             self._check(name, event)
-            self._keep(self._loop.create_task(self._unwatched_through(message)))
+            self._keep(self._loop.create_task(self._through_unwatched(message)))
             return str(message.id)
         outgoing = self._encode(name, event, self._next_id(), self._clock.now(), EMPTY)
         self._hand_over(outgoing)
         if not outgoing.ended:
-            self._unwatched[outgoing] = (name, event)
+            self.unwatched[outgoing] = (name, event)
         return str(outgoing.id)
 
     def _hand_over(self, outgoing: Outgoing) -> None:
@@ -120,7 +132,8 @@ class Publisher:
             raise InvalidEvent(f"publish_raw takes bytes, not {type(data).__name__}")
         wire = self._wire_name(channel)
         self._check_size(len(data), channel)
-        return Receipt(None, await self._send(Outgoing(wire, bytes(data), owner=self._ended)))
+        outgoing = Outgoing(wire, bytes(data), b"", False, None, self)
+        return Receipt(None, await self._sent(outgoing))
 
     # -- Encoding --------------------------------------------------------------------------------
 
@@ -152,16 +165,28 @@ class Publisher:
         self._check_size(len(data), channel)
         return data
 
-    def _encode(self, channel: str, event: Event, id: str, time: str, headers: Any) -> Outgoing:
-        wire = self._wire_name(channel)
+    def _encode(
+        self, channel: str, event: Event, id: str, time: bytes, headers: Mapping[str, Header]
+    ) -> Outgoing:
+        wire = self._channels.get(channel) or self._wire_name(channel)
         data = encode_data(event)
         if self._bare:
             self._check_size(len(data), channel)
-            return Outgoing(wire, data, id=id, owner=self._ended)
-        before, after = write_head(id, self._source, type(event).__event_type__, time, headers)
-        after = after + data + b"}"
-        self._check_size(len(before) + len(after) + _ENVELOPE_ROOM, channel)
-        return Outgoing(wire, before, after, numbered=True, id=id, owner=self._ended)
+            return Outgoing(wire, data, b"", False, id, self)
+        type = event.__event_type__
+        head = self._heads.get(type) or self._learn_head(type)
+        between = write_headers(headers) if headers else DATA
+        before = b"%b%b%b%b%b" % (head[0], id.encode(), head[1], time, head[2])
+        after = b"%b%b}" % (between, data)
+        if len(before) + len(after) + _ENVELOPE_ROOM > self._max_payload:
+            self._check_size(len(before) + len(after) + _ENVELOPE_ROOM, channel)
+        return Outgoing(wire, before, after, True, id, self)
+
+    def _learn_head(self, type: str) -> tuple[bytes, bytes, bytes]:
+        if len(self._heads) >= _MAX_CHANNELS:
+            self._heads.clear()
+        head = self._heads[type] = write_head(self._source, type)
+        return head
 
     # -- Middleware ------------------------------------------------------------------------------
 
@@ -185,12 +210,13 @@ class Publisher:
             raise InvalidEvent("a publish middleware passed on something that is no Event")
         check_headers(message.headers)
         time = (message.time or datetime.now(UTC)).astimezone(UTC)
-        text = time.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         headers = MappingProxyType(dict(message.headers))
-        outgoing = self._encode(message.channel, message.event, str(message.id), text, headers)
-        return Receipt(outgoing.id, await self._send(outgoing))
+        outgoing = self._encode(
+            message.channel, message.event, str(message.id), _spell(time), headers
+        )
+        return Receipt(outgoing.id, await self._sent(outgoing))
 
-    async def _unwatched_through(self, message: Message[Any]) -> None:
+    async def _through_unwatched(self, message: Message[Any]) -> None:
         try:
             await self._through(0, message)
         except Exception as error:
@@ -199,23 +225,20 @@ class Publisher:
 
     # -- Outcomes --------------------------------------------------------------------------------
 
-    def _ended(self, outgoing: Outgoing, outcome: Outcome) -> None:
-        """Count the end of one message; what nobody awaits goes to the exception handlers."""
-        if isinstance(outcome, int):
-            self.published += 1
-        elif isinstance(outcome, PublishUncertain):
+    def ended(self, outgoing: Outgoing, outcome: Outcome) -> None:
+        """Count what was not acknowledged; what nobody awaits goes to the exception handlers."""
+        if isinstance(outcome, PublishUncertain):
             self.uncertain += 1
         elif outcome == "conflated":
             self.conflated += 1
         else:
             self.refused += 1
-        if self._unwatched:
-            known = self._unwatched.pop(outgoing, None)
-            if known is not None and isinstance(outcome, Exception):
-                self.failed += 1
-                message = Message(known[1], known[0], id=outgoing.id, source=self._source)
-                report = self._reports.report(outcome, message, "publish_nowait")
-                self._keep(self._loop.create_task(report))
+        known = self.unwatched.pop(outgoing, None)
+        if known is not None and isinstance(outcome, Exception):
+            self.failed += 1
+            message = Message(known[1], known[0], id=outgoing.id, source=self._source)
+            report = self._reports.report(outcome, message, "publish_nowait")
+            self._keep(self._loop.create_task(report))
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)

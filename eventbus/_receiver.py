@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from anyio import to_thread
-
-from eventbus._envelope import Frame, message_of, peek, read_head
+from eventbus._dispatch import Dispatcher, Middleware
+from eventbus._envelope import Frame, Reader, is_plain, own_layout, peek, read_head
 from eventbus._errors import InvalidEvent
 from eventbus._gaps import GapLane
-from eventbus._handlers import SKIP, Body, CallPlan
+from eventbus._handlers import Body, CallPlan
 from eventbus._lanes import Item, Lane, Options, Pool, Target
-from eventbus._messages import EMPTY, Gap, HandlerStats, Message
+from eventbus._messages import EMPTY, Gap, HandlerStats
 from eventbus._patterns import Pattern, decode_name, literal_prefix, tokenize
 from eventbus._reports import Reports
 from eventbus._router import Command, Router, Subscription, wanted
 from eventbus._sequences import Inbound
 from eventbus._settings import Settings
+from eventbus.transports.base import PROBE_PREFIX
 
 _MAX_CHANNELS = 8192
 """Channels whose routes are remembered, per subscription."""
@@ -37,32 +37,42 @@ _MAX_DROPS = 1000
 """Channels named one by one in the overflow gaps of one second."""
 
 _DropKey = tuple[str, str, str | None]
-Middleware = Callable[[Message[Any], Callable[[Message[Any]], Awaitable[Any]]], Awaitable[Any]]
+
+
+class _Choice:
+    """Who gets the messages of one type on one channel, and who skips them. `only`: exactly one gets
+    them and nobody skips them. `odd`: the type is not what its bytes say."""
+
+    __slots__ = ("odd", "only", "skipped", "targets")
+
+    def __init__(self, targets: Sequence[Target], type: bytes) -> None:
+        self.targets = tuple(target for target in targets if target.wants(type))
+        self.skipped = tuple(target.lane for target in targets if not target.wants(type))
+        self.odd = not is_plain(type)
+        self.only: tuple[Target, Reader | None] | None = None
+        if len(self.targets) == 1 and not self.skipped:
+            self.only = (self.targets[0], self.targets[0].lane.body.reader_for(type))
 
 
 class _Channel:
-    """What the frames of one channel, through one subscription, have in common."""
+    """What the frames of one channel, through one subscription, have in common. `first`: this copy of
+    a message is the one that counts."""
 
-    __slots__ = ("by_type", "first", "name", "targets")
+    __slots__ = ("by_type", "first", "key", "name", "targets")
 
-    def __init__(self, name: str, targets: tuple[Target, ...], first: bool) -> None:
-        self.name = name
+    def __init__(self, key: bytes, targets: Sequence[Target], first: bool) -> None:
+        self.key = key
+        self.name = decode_name(key)
         self.targets = targets
         self.first = first
-        self.by_type: dict[bytes, tuple[tuple[Target, ...], tuple[Target, ...]]] = {}
+        self.by_type: dict[bytes, _Choice] = {}
 
-    def choose(self, type: bytes) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
-        """The targets that want this type, and those that do not."""
-        known = self.by_type.get(type)
-        if known is None:
-            if len(self.by_type) >= _MAX_TYPES:
-                self.by_type.clear()
-            wants = [(t, t.types is None or type in t.types) for t in self.targets]
-            known = self.by_type[type] = (
-                tuple(target for target, wanted in wants if wanted),
-                tuple(target for target, wanted in wants if not wanted),
-            )
-        return known
+    def choose(self, type: bytes) -> _Choice:
+        """Work out who wants this type, and remember it."""
+        if len(self.by_type) >= _MAX_TYPES:
+            self.by_type.clear()
+        choice = self.by_type[type] = _Choice(self.targets, type)
+        return choice
 
 
 class Receiver:
@@ -83,7 +93,7 @@ class Receiver:
         self.sequences = Inbound()
         self.pool = Pool(settings.max_pending_bytes)
         self.lanes: dict[str, Lane] = {}
-        self.received = self.invalid = self.missed = self.reconnects = 0
+        self.received = self.missed = self.reconnects = 0
         self.since = datetime.now(UTC)
         """The last byte before the latest loss of the connection, or the start."""
         self._gone: Counter[str] = Counter()
@@ -91,12 +101,15 @@ class Receiver:
         self._bus = bus
         self._reports = reports
         self._gap_lanes = gap_lanes
-        self._middleware = tuple(middleware)
+        self.dispatcher = Dispatcher(reports, middleware, bare=settings.bare, on_fatal=on_fatal)
         self._source = source
         self._bare = settings.bare
         self._max_payload = settings.max_payload
-        self._on_fatal = on_fatal
+        self._skip = len(settings.prefix.encode())
+        self._limit = 0 if settings.bare else settings.max_payload
         self._channels: dict[Subscription, dict[bytes, _Channel]] = {}
+        self._current: Subscription | None = None
+        self._known: dict[bytes, _Channel] = {}
         self._version = -1
         self._drops: Counter[_DropKey] = Counter()
         self._drops_timer: asyncio.TimerHandle | None = None
@@ -119,7 +132,7 @@ class Receiver:
             self._names[name] += 1
             unique = f"{name}#{self._names[name]}"
         self._names.setdefault(name, 1)
-        lane = Lane(unique, options, body, plan, self.pool, self._dropped, self._work)
+        lane = Lane(unique, options, body, plan, self.pool, self._dropped, self.dispatcher.serve)
         self.lanes[unique] = lane
         return lane
 
@@ -206,8 +219,8 @@ class Receiver:
         self.router.lost()
         self._wake()
 
-    def behind(self) -> bool:
-        return self.pool.behind()
+    def pressure(self) -> bool:
+        return self.pool.pressure()
 
     def _after(self, commands: Sequence[Command]) -> list[Command]:
         """What follows every answer of the server: those who wait, and the end of an outage."""
@@ -230,64 +243,115 @@ class Receiver:
         prefix = literal_prefix(tokenize(subscription.name))
         self.sequences.forget(prefix, lambda channel: not self.router.hears(channel))
 
-    def frame(self, subscription: Subscription, channel: bytes, payload: bytes) -> None:
+    def frames(self, subscription: Subscription, rows: Sequence[Sequence[bytes]]) -> None:
+        if subscription is not self._current or self._version != self.router.version:
+            self._turn_to(subscription)
+        recognise, hear, limit, mine = own_layout, self.sequences.hear, self._limit, self._source
+        waiting: list[Item] = []
+        lane: Lane | None = None
+        for row in rows:
+            channel, payload = row[-2], row[-1]
+            known = self._known.get(channel) or self._learn(subscription, channel)
+            found = recognise(payload)
+            choice = None
+            if found is not None and len(payload) <= limit:
+                source, type, number = found.groups()
+                choice = known.by_type.get(type) or known.choose(type)
+            if choice is None or choice.odd:
+                self._put(lane, waiting)
+                lane = None
+                self._unusual(known, payload)
+                continue
+            if known.first:
+                self.received += 1
+                missed = hear(known.key, source, int(number))
+                if missed:
+                    self._missed(known.name, source, missed)
+            if choice.only is None:
+                self._put(lane, waiting)
+                lane = None
+                self._spread(choice, source, Frame(known.name, payload))
+                continue
+            target, reader = choice.only
+            if target.lane is not lane:
+                self._put(lane, waiting)
+                lane = target.lane
+            if lane.echo or source != mine:
+                waiting.append((target, payload, found.end(), reader, None))
+        self._put(lane, waiting)
+
+    def _put(self, lane: Lane | None, waiting: list[Item]) -> None:
+        """Put what was collected for one lane, before anything else goes into any."""
+        if lane is not None:
+            lane.put_all(waiting)
+            waiting.clear()
+
+    def _spread(self, choice: _Choice, source: bytes, frame: Frame) -> None:
+        """A frame that no handler, or more than one, wants."""
+        for target in choice.targets:
+            if target.lane.echo or source != self._source:
+                target.lane.put((target, frame.payload, 0, None, frame))
+        for lane in choice.skipped:
+            lane.skipped += 1
+
+    def _unusual(self, known: _Channel, payload: bytes) -> None:
+        """A frame with headers, of another publisher, without an envelope, or too large."""
+        frame = Frame(known.name, payload)
+        head = None if self._bare else peek(payload)
+        if head is None and not self._bare and b'"busseq"' in payload:
+            with suppress(InvalidEvent):  # the worker that decodes it reports it
+                head = read_head(payload)
+        frame.head = head
+        if known.first:
+            self.received += 1
+            if head is not None and head.number is not None:
+                missed = self.sequences.hear(known.key, head.source, head.number)
+                if missed:
+                    self._missed(known.name, head.source, missed)
+        if len(payload) > self._max_payload:
+            if known.first:
+                self._too_large(frame)
+            return
+        targets = known.targets
+        if head is not None:
+            choice = known.by_type.get(head.type) or known.choose(head.type)
+            self._spread(choice, head.source, frame)
+            return
+        for target in targets:
+            target.lane.put((target, payload, 0, None, frame))
+
+    def _missed(self, channel: str, source: bytes, missed: int) -> None:
+        self.missed += missed
+        name = source.decode("utf-8", "replace")
+        self.tell(Gap("sequence", None, None, channel, name, missed, self.since))
+
+    def _turn_to(self, subscription: Subscription) -> None:
+        """Frames of this subscription follow: have what is known of its channels at hand."""
         if self._version != self.router.version:
             self._version = self.router.version
             self._channels.clear()
-        channels = self._channels.get(subscription)
-        if channels is None:
-            channels = self._channels[subscription] = {}
-        known = channels.get(channel)
-        if known is None:
-            if len(channels) >= _MAX_CHANNELS:
-                channels.clear()
-            known = channels[channel] = self._resolve(subscription, channel)
-        frame = Frame(known.name, payload, None if self._bare else peek(payload))
-        if known.first:
-            self.received += 1
-            if not self._bare:
-                self._check_sequence(channel, frame)
-            if len(payload) > self._max_payload:
-                self._too_large(frame)
-        if len(payload) > self._max_payload:
-            return
-        head = frame.head
-        if head is None:
-            chosen = known.targets
-        else:
-            chosen, others = known.choose(head.type)
-            for target in others:
-                target.lane.skipped += 1
-        for target in chosen:
-            if target.lane.options.echo or head is None or head.source != self._source:
-                target.lane.put(frame, target)
+        self._current = subscription
+        self._known = self._channels.setdefault(subscription, {})
 
-    def _check_sequence(self, channel: bytes, frame: Frame) -> None:
-        head = frame.head
-        if head is None and b'"busseq"' in frame.payload:
-            try:
-                head = frame.head = read_head(frame.payload)
-            except InvalidEvent:
-                return  # the worker that decodes it reports it
-        if head is None or head.number is None:
-            return
-        missed = self.sequences.hear(channel, head.source, head.number)
-        if missed:
-            self.missed += missed
-            source = head.source.decode("utf-8", "replace")
-            self.tell(Gap("sequence", None, None, frame.channel, source, missed, self.since))
-
-    def _resolve(self, subscription: Subscription, channel: bytes) -> _Channel:
+    def _learn(self, subscription: Subscription, channel: bytes) -> _Channel:
+        """Work out what frames of this channel (its name on the wire) have in common."""
+        wire, channel = channel, channel[self._skip :]
         matches, first = self.router.resolve(subscription, channel)
-        targets = []
+        name = decode_name(channel)
+        targets: list[Target] = []
         for lane, pattern, captures in matches:
             try:
                 static = lane.plan.static(captures, self._bus) if lane.plan else {}
             except ValueError:
                 static = None
-            shown_captures = MappingProxyType(captures) if captures else EMPTY
-            targets.append(Target(lane, pattern.text, shown_captures, static))
-        return _Channel(decode_name(channel), tuple(targets), first)
+            shown = MappingProxyType(captures) if captures else EMPTY
+            targets.append(Target(lane, name, pattern.text, shown, static))
+        if channel.startswith(PROBE_PREFIX):
+            first = False  # what buses say to themselves is no message
+        if len(self._known) >= _MAX_CHANNELS:
+            self._known.clear()
+        known = self._known[wire] = _Channel(channel, targets, first)
+        return known
 
     # -- Gaps ------------------------------------------------------------------------------------
 
@@ -300,9 +364,9 @@ class Receiver:
     def _dropped(self, lane: Lane, item: Item) -> None:
         if not self._gap_lanes:
             return
-        key: _DropKey = (lane.name, item.target.pattern, item.frame.channel)
+        key: _DropKey = (lane.name, item[0].pattern, item[0].channel)
         if key not in self._drops and len(self._drops) >= _MAX_DROPS:
-            key = (lane.name, item.target.pattern, None)
+            key = (lane.name, item[0].pattern, None)
         self._drops[key] += 1
         if self._drops_timer is None:
             loop = asyncio.get_running_loop()
@@ -319,113 +383,6 @@ class Receiver:
         for (handler, pattern, channel), missed in drops.items():
             self.tell(Gap("overflow", handler, pattern, channel, None, missed, datetime.now(UTC)))
 
-    # -- One call --------------------------------------------------------------------------------
-
-    async def _work(self, item: Item) -> None:
-        """Decode one frame and call one handler."""
-        target = item.target
-        lane, plan = target.lane, target.lane.plan
-        event = await self.read(item)
-        if event is SKIP or plan is None:
-            return
-        lane.delivered += 1
-        message = None
-        try:
-            if self._middleware or plan.needs_message:
-                message = self.message(item, event)
-            if self._middleware:
-                await self._through(0, item, message)
-            else:
-                await self._call(item, event, message)
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            await self._failed(item, event, error)
-        except Exception as error:
-            await self._failed(item, event, error)
-        except BaseException as error:  # KeyboardInterrupt, SystemExit: the end of the bus
-            lane.failed += 1
-            self._on_fatal(error)
-            raise
-
-    async def read(self, item: Item) -> Any:
-        """The event of a frame, for its route; SKIP when it is not one for it. Never raises."""
-        frame, target = item.frame, item.target
-        try:
-            event = target.lane.body.decode(frame) if target.static is not None else SKIP
-        except InvalidEvent as error:
-            await self.judge(frame, error, target)
-            return SKIP
-        if event is SKIP:
-            target.lane.skipped += 1
-        return event
-
-    async def _call(self, item: Item, event: Any, message: Message[Any] | None) -> Any:
-        target, timeout = item.target, item.target.lane.options.timeout
-        plan: CallPlan = target.lane.plan  # type: ignore[assignment]  # a stream calls nothing
-        static = target.static or {}
-        if plan.threaded:
-            call = partial(plan.call, event, item.frame, static, message)
-            return await self._call_thread(item, event, call, timeout)
-        if timeout is None:
-            return await plan.call(event, item.frame, static, message)
-        try:
-            async with asyncio.timeout(timeout) as clock:
-                return await plan.call(event, item.frame, static, message)
-        except TimeoutError:
-            if not clock.expired():
-                raise
-            raise TimeoutError(f"took longer than {timeout} s and was cancelled") from None
-
-    async def _call_thread(
-        self, item: Item, event: Any, call: Callable[[], Any], timeout: float | None
-    ) -> Any:
-        """A thread cannot be cancelled: one that overruns has failed, and keeps its place."""
-        limiter = item.target.lane.limiter
-        running = asyncio.ensure_future(
-            to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
-        )
-        try:
-            done, _ = await asyncio.wait({running}, timeout=timeout)
-            if done:
-                return running.result()
-            overrun = TimeoutError(f"took longer than {timeout} s; its thread goes on")
-            await self._failed(item, event, overrun)
-            await asyncio.wait({running})
-            running.exception()
-        finally:
-            running.cancel()
-        return None
-
-    async def _through(self, depth: int, item: Item, message: Message[Any]) -> Any:
-        """The middleware from `depth` on, and at last the handler."""
-        if depth == len(self._middleware):
-            return await self._call(item, message.event, message)
-        return await self._middleware[depth](message, partial(self._through, depth + 1, item))
-
-    async def _failed(self, item: Item, event: Any, error: BaseException) -> None:
-        target = item.target
-        target.lane.failed += 1
-        await self._reports.report(error, self.message(item, event), target.lane.name)
-
-    def message(self, item: Item, event: Any) -> Message[Any]:
-        """The message around an event, as this route sees it."""
-        target = item.target
-        bare = self._bare or target.lane.body.bare
-        return message_of(item.frame, event, target.pattern, target.captures, bare=bare)
-
-    async def judge(self, frame: Frame, error: InvalidEvent, target: Target | None) -> None:
-        """Count and report a frame that is no event, once."""
-        if frame.judged:
-            return
-        frame.judged = True
-        self.invalid += 1
-        error.channel = frame.channel
-        pattern, captures = (target.pattern, target.captures) if target else (None, EMPTY)
-        message = message_of(frame, frame.payload, pattern, captures, bare=self._bare)
-        await self._reports.report(error, message, target.lane.name if target else "")
-
     def _too_large(self, frame: Frame) -> None:
         size = len(frame.payload)
         error = InvalidEvent(
@@ -433,7 +390,7 @@ class Receiver:
             reasons=("payload: too large",),
         )
         frame.payload = b""
-        task = asyncio.get_running_loop().create_task(self.judge(frame, error, None))
+        task = asyncio.get_running_loop().create_task(self.dispatcher.judge(frame, error, None))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -110,7 +110,7 @@ class _Index:
 
 
 class _Entry(NamedTuple, Generic[R]):
-    """One pattern of one route. `order` is its place among the route's patterns."""
+    """One pattern of one route. `order` grows with every pattern that is added."""
 
     route: R
     pattern: Pattern
@@ -127,7 +127,7 @@ class Router(Generic[R]):
         """Confirmed subscriptions, with the moment (a count) of their confirmation."""
         self.denied: dict[Subscription, None] = {}
         self._entries: dict[Subscription, list[_Entry[R]]] = {}
-        self._orders: dict[R, int] = {}
+        self._order = 0
         self._shapes: dict[Subscription, _Shape] = {}
         self._wanted = _Index()
         self._confirmed = _Index()
@@ -141,7 +141,7 @@ class Router(Generic[R]):
         self._relied: dict[Subscription, int] = {}
         self._asked: set[Subscription] = set()
         self._leaving: set[Subscription] = set()
-        self._surplus: set[Subscription] = set()  # live, and no target (any more)
+        self._surplus: set[Subscription] = set()  # live and not leaving, but no target (any more)
         self._moment = 0
 
     # -- Routes ----------------------------------------------------------------------------------
@@ -150,8 +150,7 @@ class Router(Generic[R]):
         """A route listens to these patterns too. Returns what to send."""
         fresh: list[Subscription] = []
         for pattern in patterns:
-            order = self._orders.get(route, 0)
-            self._orders[route] = order + 1
+            self._order += 1
             subscription = wanted(pattern)
             entries = self._entries.get(subscription)
             if entries is None:
@@ -159,9 +158,9 @@ class Router(Generic[R]):
                 shape = self._shape_of(subscription)
                 self._wanted.add(subscription, shape.prefix)
                 fresh.append(subscription)
-            entries.append(_Entry(route, pattern, order))
+            entries.append(_Entry(route, pattern, self._order))
         self.version += 1
-        return [command for item in fresh for command in self._want(item)]
+        return [*self._place(fresh, fresh=True), *self._let_go()]
 
     def remove(self, route: R, patterns: Iterable[Pattern]) -> list[Command]:
         """A route no longer listens to these patterns. Returns what to send.
@@ -180,7 +179,7 @@ class Router(Generic[R]):
                 self._wanted.discard(subscription, self._shapes[subscription].prefix)
                 gone.append(subscription)
         self.version += 1
-        return [command for item in gone for command in self._unwant(item)]
+        return self._unwant(gone)
 
     def is_settled(self, subscription: Subscription) -> bool:
         """Whether the server has confirmed or denied what carries this (or nobody wants it)."""
@@ -205,20 +204,26 @@ class Router(Generic[R]):
         self.live[subscription] = self._moment
         self._confirmed.add(subscription, self._shape_of(subscription).prefix)
         self.version += 1
-        if subscription not in self._targets:
+        if subscription in self._targets:
+            self._adopt(subscription)
+        else:
             self._surplus.add(subscription)
         for member in self._targets.get(subscription, ()):
-            self._carry(member, subscription)
+            if self._carrier.get(member) != subscription:
+                self._carry(member, subscription)
         return self._let_go()
 
     def refused(self, subscription: Subscription) -> list[Command]:
         """The server denied a subscription: what it was to cover is asked for by itself."""
         self._asked.discard(subscription)
-        if subscription not in self._entries:
+        if subscription not in self._targets:  # nobody wants it now, or another is to cover it
+            self._forget_shape(subscription)
             return self._let_go()
         self.denied[subscription] = None
-        self.version += 1
-        return self._demote(subscription)
+        members = self._unset_target(subscription)
+        del self._cover[subscription]
+        members.discard(subscription)
+        return [*self._place(members), *self._let_go()]
 
     def ended(self, subscription: Subscription) -> list[Command]:
         """The server confirmed the end of a subscription: the heirs carry on from here."""
@@ -252,22 +257,19 @@ class Router(Generic[R]):
         self._asked.clear()
         self._leaving.clear()
         self._surplus.clear()
-        self._shapes = {item: self._shapes[item] for item in self._entries}
         self.version += 1
 
     def restart(self) -> list[Command]:
         """All that a new connection must be asked for. What was denied comes after the rest is
         settled, by `retry_denied`, so that it delays nobody."""
         self._asked = set(self._targets)
+        self._shapes = {item: self._shapes[item] for item in self._entries}
         return [Command(True, subscription) for subscription in self._targets]
 
     def retry_denied(self) -> list[Command]:
         """Ask again for what was denied. Nothing that is live changes until the answer."""
-        commands: list[Command] = []
-        for subscription in list(self.denied):
-            del self.denied[subscription]
-            commands += self._want(subscription)
-        return commands
+        denied, self.denied = self.denied, {}
+        return [*self._place(denied), *self._let_go()]
 
     # -- Frames ----------------------------------------------------------------------------------
 
@@ -346,88 +348,76 @@ class Router(Generic[R]):
                 found.append(target)
         return found
 
-    def _set_target(self, subscription: Subscription) -> None:
+    def _set_target(self, subscription: Subscription) -> list[Subscription]:
+        """Make this a target, instead of those that it covers. Returns their members."""
         prefix = self._shape_of(subscription).prefix
+        found = [item for old in self._covered(subscription) for item in self._unset_target(old)]
         self._surplus.discard(subscription)
-        if subscription not in self._targets:
-            self._targets[subscription] = set()
-            self._target_index.add(subscription, prefix)
-            bisect.insort(self._target_order, (prefix, subscription))
-        self._put_under(subscription, subscription)
+        self._targets[subscription] = set()
+        self._target_index.add(subscription, prefix)
+        bisect.insort(self._target_order, (prefix, subscription))
+        return found
 
     def _unset_target(self, subscription: Subscription) -> set[Subscription]:
         prefix = self._shapes[subscription].prefix
         self._target_index.discard(subscription, prefix)
         del self._target_order[bisect.bisect_left(self._target_order, (prefix, subscription))]
-        if subscription in self.live:
+        if self._is_steady(subscription):
             self._surplus.add(subscription)
         return self._targets.pop(subscription)
 
-    def _put_under(self, member: Subscription, target: Subscription) -> None:
-        before = self._cover.get(member)
-        if before is not None and before in self._targets:
-            self._targets[before].discard(member)
-        self._cover[member] = target
-        self._targets[target].add(member)
+    def _place(
+        self, subscriptions: Iterable[Subscription], *, fresh: bool = False
+    ) -> list[Command]:
+        """Find a cover for each of these, the likely coverers first.
 
-    def _want(self, subscription: Subscription) -> list[Command]:
-        """Find the place of a subscription that a route wants."""
-        target = self._covering(subscription)
-        if target is not None:
-            self._put_under(subscription, target)
-            if subscription not in self._carrier and self._is_steady(target):
+        What is fresh is carried at once when its cover is live: it comes last in its route's order,
+        so it takes no message from another pattern. All else must wait for a point of the stream: a
+        live cover is asked for again, only for its confirmation.
+        """
+        commands: list[Command] = []
+        for subscription in sorted(subscriptions, key=lambda item: (len(item.name), item)):
+            target = self._covering(subscription)
+            placed, ready = [subscription], True
+            if target is None:
+                target, ready = subscription, True
+                placed += self._set_target(subscription)
+            self._targets[target].update(placed)
+            self._cover.update(dict.fromkeys(placed, target))
+            if fresh and self._is_steady(target):
                 self._carry(subscription, target)
-            return []
-        self._set_target(subscription)
-        for smaller in self._covered(subscription):
-            for member in self._unset_target(smaller):
-                self._put_under(member, subscription)
-        return self._ask(subscription)
-
-    def _ask(self, subscription: Subscription) -> list[Command]:
-        if subscription in self._asked:
-            return []
-        if self._is_steady(subscription):
-            for member in self._targets[subscription]:
-                if member not in self._carrier:
-                    self._carry(member, subscription)
-            return self._let_go()
-        self._asked.add(subscription)
-        return [Command(True, subscription)]
-
-    def _unwant(self, subscription: Subscription) -> list[Command]:
-        """No route wants this subscription any more."""
-        self.denied.pop(subscription, None)
-        target = self._cover.pop(subscription, None)
-        self._drop_carrier(subscription)
-        commands: list[Command] = []
-        if target == subscription:
-            members = self._unset_target(subscription)
-            members.discard(subscription)
-            commands += self._rehome(members)
-        elif target is not None:
-            self._targets[target].discard(subscription)
-        commands += self._let_go()
-        self._forget_shape(subscription)
+            ready &= self._is_steady(target) and all(item in self._carrier for item in placed)
+            if not ready and target not in self._asked:
+                self._asked.add(target)
+                commands.append(Command(True, target))
         return commands
 
-    def _demote(self, subscription: Subscription) -> list[Command]:
-        """A denied subscription is no target: what it was to cover finds another place."""
-        members = self._unset_target(subscription) if subscription in self._targets else set()
-        members.discard(subscription)
-        self._cover.pop(subscription, None)
-        return [*self._rehome(members), *self._let_go()]
+    def _adopt(self, target: Subscription) -> None:
+        """What is denied by itself may be had through a target that is live."""
+        tokens = self._shapes[target].tokens
+        for item in [item for item in self.denied if covers(tokens, self._shapes[item].tokens)]:
+            del self.denied[item]
+            self._targets[target].add(item)
+            self._cover[item] = target
 
-    def _rehome(self, members: set[Subscription]) -> list[Command]:
-        commands: list[Command] = []
-        for member in sorted(members, key=lambda item: (len(item.name), item)):
-            self._cover.pop(member, None)
-            commands += self._want(member)
-        return commands
+    def _unwant(self, subscriptions: Iterable[Subscription]) -> list[Command]:
+        """No route wants these any more."""
+        homeless: dict[Subscription, None] = {}
+        for subscription in subscriptions:
+            self.denied.pop(subscription, None)
+            self._drop_carrier(subscription)
+            if subscription in self._targets:
+                homeless.update(dict.fromkeys(self._unset_target(subscription)))
+            target = self._cover.pop(subscription, None)
+            if target in self._targets:
+                self._targets[target].discard(subscription)
+            homeless.pop(subscription, None)
+            self._forget_shape(subscription)
+        return [*self._place(homeless), *self._let_go()]
 
     # -- Carriers ----------------------------------------------------------------------------------
 
-    def _is_steady(self, subscription: Subscription) -> bool:
+    def _is_steady(self, subscription: Subscription | None) -> bool:
         return subscription in self.live and subscription not in self._leaving
 
     def _carry(self, member: Subscription, carrier: Subscription) -> None:
@@ -447,13 +437,14 @@ class Router(Generic[R]):
     def _let_go(self) -> list[Command]:
         """Unsubscribe from what is no target and carries nothing that has no other live place."""
         commands: list[Command] = []
-        for subscription in sorted(self._surplus - self._leaving - self._relied.keys()):
-            heirs = {member: self._cover[member] for member in self._carried.get(subscription, ())}
-            if all(self._is_steady(heir) for heir in heirs.values()):
+        for subscription in sorted(self._surplus - self._asked - self._relied.keys()):
+            members = self._carried.get(subscription, ())
+            if all(self._is_steady(self._cover.get(member)) for member in members):
+                self._surplus.discard(subscription)
                 self._leaving.add(subscription)
-                if heirs:
-                    self._heirs[subscription] = heirs
-                for heir in heirs.values():
+                if members:
+                    self._heirs[subscription] = {item: self._cover[item] for item in members}
+                for heir in self._heirs.get(subscription, {}).values():
                     self._relied[heir] = self._relied.get(heir, 0) + 1
                 commands.append(Command(False, subscription))
         return commands

@@ -253,25 +253,24 @@ class Messages(Generic[E_co]):
 
     async def __anext__(self) -> Message[E_co]:
         lane = self._entered()
-        receiver = self._run.receiver
+        dispatcher = self._run.receiver.dispatcher
         while True:
             if monotonic() - self._turn > TURN:
                 await asyncio.sleep(0)
                 self._turn = monotonic()
-            item = None if lane.closed else lane.take()
+            if lane.closed:
+                raise StopAsyncIteration
+            item = lane.take()
             if item is None:
-                if lane.closed:
-                    raise StopAsyncIteration
                 await lane.wait()
                 self._turn = monotonic()
                 continue
-            try:
-                event = await receiver.read(item)
-            finally:
-                lane.finish(item)
+            event, frame = await dispatcher.read(item)
+            if lane.queue.done is not None:
+                lane.queue.done(item)
             if event is not SKIP:
                 lane.delivered += 1
-                return receiver.message(item, event)
+                return dispatcher.message(item[0], frame, event)
 
     def _entered(self) -> Lane:
         if self._lane is None:

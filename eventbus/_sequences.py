@@ -1,9 +1,9 @@
 """The numbers that make loss visible: what was sent, and what was heard, per source and channel.
 
-A publisher numbers its messages on each channel from 1 (`busseq`); a hole in what arrives is a loss,
-and its size is exact. Both sides remember a bounded number of channels, least recently used first
-out: what is forgotten starts again as a first sight, so a count can be missing but never false.
-Pure: two bounded dictionaries.
+A publisher numbers its messages on each channel from 1 (`busseq`); a hole in what arrives is a
+loss, and its size is exact. Both sides remember a bounded number of channels, least recently used
+first out: what is forgotten starts again as a first sight, so a count can be missing but never
+false. Pure: two bounded dictionaries.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from eventbus.transports._link import Link
 from eventbus.transports._outbox import command
 from eventbus.transports.base import Sink
 
-PROBE_PREFIX = b"__eventbus__:"
-
 
 class _Ping:
     """A PING that is outstanding, and who waits for it (None at a loss)."""
@@ -55,7 +53,7 @@ class Inbox:
     def opened(self, link: Link) -> None:
         """A connection is there: ask for the probe, then for all that the routes need."""
         self._link = link
-        link.on_reply = self._on_reply
+        link.on_replies = self._on_replies
         self.probe_live = self.probe_denied = False
         self._literals.clear()
         self._patterns.clear()
@@ -102,33 +100,38 @@ class Inbox:
 
     # -- Replies ---------------------------------------------------------------------------------
 
-    def _on_reply(self, reply: Any) -> None:
-        if type(reply) is list and len(reply) > 2:
-            kind = reply[0]
+    def _on_replies(self, replies: list[Any]) -> None:
+        patterns, literals = self._patterns, self._literals
+        rows: list[list[bytes]] = []
+        current: Subscription | None = None
+        for reply in replies:
+            kind = reply[0] if type(reply) is list else None
             if kind == b"pmessage":
-                found = self._patterns.get(reply[1])
-                if found is not None:
-                    self._take(found, reply[2], reply[3])
-                return
-            if kind == b"message":
-                channel = reply[1]
-                if channel == self._probe:
-                    self._on_probe(reply[2])
-                    return
-                found = self._literals.get(channel)
-                if found is not None:
-                    self._take(found, channel, reply[2])
-                return
-        self._answer(reply)
+                subscription = patterns.get(reply[1])
+            elif kind == b"message" and reply[1] != self._probe:
+                subscription = literals.get(reply[1])
+            else:
+                self._hand_over(current, rows)
+                rows = []
+                self._answer(reply)
+                continue
+            if subscription is not current:
+                self._hand_over(current, rows)
+                rows = []
+                current = subscription
+            if type(reply[-1]) is bytes:  # `__redis__:invalidate` sends a list
+                rows.append(reply)
+        self._hand_over(current, rows)
 
-    def _take(self, subscription: Subscription, channel: bytes, payload: Any) -> None:
-        name = channel[len(self._prefix) :] if self._prefix else channel
-        if name.startswith(PROBE_PREFIX) or type(payload) is not bytes:
-            return  # probes of the buses; what `__redis__:invalidate` sends is no message
-        self._sink.frame(subscription, name, payload)
+    def _hand_over(self, subscription: Subscription | None, rows: list[list[bytes]]) -> None:
+        if rows and subscription is not None:
+            self._sink.frames(subscription, rows)
 
     def _answer(self, reply: Any) -> None:
-        """An answer to what was asked first."""
+        """An answer to what was asked first, or the bus's own probe."""
+        if type(reply) is list and reply[0] == b"message":
+            self._on_probe(reply[2])
+            return
         refused = isinstance(reply, hiredis.ReplyError)
         if not self._asked:
             self.fail(f"the server says: {str(reply)[:200]}")

@@ -16,23 +16,23 @@ from eventbus._reports import logger
 
 _BITE = 64 * 1024
 _SMALL_BITE = 4 * 1024
-"""Bytes per read: small while handlers are behind, so that they get more turns per byte read."""
+"""Bytes per read: small while handlers are pressure, so that they get more turns per byte read."""
 
 
 class Link(asyncio.BufferedProtocol):
-    """A live connection. `on_reply` gets each parsed reply, in order; `ended` resolves with the
+    """A live connection. `on_replies` gets the parsed replies of each read, in order; `ended` resolves with the
     reason when the connection is over."""
 
-    def __init__(self, connection: Any, behind: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, connection: Any, pressure: Callable[[], bool] = lambda: False) -> None:
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[str] = loop.create_future()
-        self.on_reply: Callable[[Any], None] = lambda reply: None
+        self.on_replies: Callable[[list[Any]], None] = lambda replies: None
         self.on_writable: Callable[[], None] = lambda: None
         self.paused = False
         self.last_read = loop.time()
         self._time = loop.time
         self._connection = connection  # owns the writer, whose end would close the socket
-        self._behind = behind
+        self._pressure = pressure
         self._replies = hiredis.Reader()
         self._buffer = memoryview(bytearray(_BITE))
         self._small = self._buffer[:_SMALL_BITE]
@@ -58,7 +58,7 @@ class Link(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
-        return self._small if self._behind() else self._buffer
+        return self._small if self._pressure() else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Parse what came, all of it: hiredis moves its whole buffer for what is left in it."""
@@ -66,11 +66,13 @@ class Link(asyncio.BufferedProtocol):
         self._parse(self._buffer[:nbytes])
 
     def _parse(self, data: memoryview | bytes) -> None:
-        replies = self._replies
+        gets = self._replies.gets
+        replies: list[Any] = []
         try:
-            replies.feed(data)
-            while (reply := replies.gets()) is not False and not self.ended.done():
-                self.on_reply(reply)
+            self._replies.feed(data)
+            while (reply := gets()) is not False:
+                replies.append(reply)
+            self.on_replies(replies)
         except hiredis.HiredisError as error:
             self.fail(f"what the server sent is no RESP: {error}")
         except Exception:

@@ -19,7 +19,6 @@ import hiredis
 from eventbus._reports import logger
 from eventbus.transports._inbox import Inbox
 from eventbus.transports._outbox import Outbox, command
-from eventbus.transports.base import Outcome, Outgoing
 
 
 class Liveness:
@@ -121,6 +120,3 @@ class Liveness:
         if type(reply) is list and reply and reply[0] != b"master":
             self._outbox.fail("this node is a replica now")
 
-
-def ignore(outgoing: Outgoing, outcome: Outcome) -> None:
-    """The owner of a message whose outcome nobody needs."""

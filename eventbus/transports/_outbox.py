@@ -135,15 +135,13 @@ class Outbox:
             if outgoing.ended:
                 continue
             channel = outgoing.channel
-            if outgoing.numbered:
-                body = b"%b%d%b" % (outgoing.before, number(channel), outgoing.after)
-            else:
-                body = outgoing.before + outgoing.after
+            digits = b"%d" % number(channel) if outgoing.numbered else b""
+            length = outgoing.size + len(digits)
             parts.append(
-                b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
-                % (len(channel), channel, len(body), body)
+                b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b%b%b\r\n"
+                % (len(channel), channel, length, outgoing.before, digits, outgoing.after)
             )
-            size += outgoing.size
+            size += length
             outgoing.written = True
             if outgoing.deadline < grace:
                 outgoing.deadline = grace
@@ -155,20 +153,20 @@ class Outbox:
         elif not written:
             self._report_empty()
 
-    def _on_reply(self, reply: Any) -> None:
-        if not self._written:
-            text = str(reply)[:200]
-            if self._link is not None:
-                self._link.fail(f"an answer that nobody asked for: {text}")
-            return
-        waiting = self._written.popleft()
-        if not isinstance(waiting, Outgoing):
-            waiting(reply)
-        elif isinstance(reply, int):
-            waiting.finish(reply)
-        else:
-            waiting.finish(self._refusal(waiting, str(reply)))
-        if not self._written and not self._waiting:
+    def _on_replies(self, replies: list[Any]) -> None:
+        written = self._written
+        for reply in replies:
+            if not written:
+                self.fail(f"an answer that nobody asked for: {str(reply)[:200]}")
+                return
+            waiting = written.popleft()
+            if type(waiting) is not Outgoing:
+                waiting(reply)  # type: ignore[operator]  # an `ask`
+            elif type(reply) is int:
+                waiting.acknowledge(reply)
+            else:
+                waiting.finish(self._refusal(waiting, str(reply)))
+        if self._empty and not written and not self._waiting:
             self._report_empty()
 
     def _refusal(self, outgoing: Outgoing, text: str) -> EventBusError:
@@ -198,7 +196,7 @@ class Outbox:
     def opened(self, link: Link) -> None:
         """A connection is there: the backlog goes first."""
         self._link = link
-        link.on_reply = self._on_reply
+        link.on_replies = self._on_replies
         link.on_writable = self._flush
         self._expire()
         backlog = list(self._backlog.values())

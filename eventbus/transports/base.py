@@ -8,38 +8,50 @@ transport calls its sink from the event loop that it was started in. Only the co
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from eventbus._router import Command, Subscription
 from eventbus._settings import Settings
 
-Outcome = int | Exception | Literal["dropped", "conflated"]
-"""Copies handed out; what went wrong; dropped by the outage policy; replaced by a newer one."""
+PROBE_PREFIX = b"__eventbus__:"
+"""Channels that begin so are those of the buses themselves: no messages."""
+
+Outcome = Exception | Literal["dropped", "conflated"]
+"""What went wrong; dropped by the outage policy; replaced by a newer one."""
+
+
+class Owner(Protocol):
+    """Who published. `published` counts what Redis acknowledged; `unwatched` are the messages that
+    nobody awaits; `ended` hears of every other outcome, and of all outcomes of these."""
+
+    published: int
+    unwatched: dict[Outgoing, Any]
+
+    def ended(self, outgoing: Outgoing, outcome: Outcome) -> None: ...
 
 
 class Outgoing:
     """One message on its way out. Its bytes are `before`, the number (when `numbered`), `after`.
 
     `written` says whether a byte may have left. The transport calls `buffered` when it keeps the
-    message for later, and `finish` once; `owner` is told of that end. A message with `ended` is not
-    to be sent.
+    message for later, and `finish` once. A message with `ended` is not to be sent.
     """
 
-    __slots__ = ("after", "before", "born", "channel", "deadline", "ended", "future", "id",
-                 "numbered", "owner", "size", "written")  # fmt: skip
+    __slots__ = (
+        "after", "before", "born", "channel", "deadline", "ended", "future", "id", "numbered",
+        "owner", "size", "written",
+    )  # fmt: skip
 
     def __init__(
         self,
         channel: bytes,
         before: bytes,
-        after: bytes = b"",
-        *,
-        numbered: bool = False,
-        id: str | None = None,
-        owner: Callable[[Outgoing, Outcome], Any],
-        future: asyncio.Future[int | None] | None = None,
+        after: bytes,
+        numbered: bool,
+        id: str | None,
+        owner: Owner,
     ) -> None:
         self.channel = channel
         self.before = before
@@ -47,12 +59,22 @@ class Outgoing:
         self.numbered = numbered
         self.id = id
         self.owner = owner
-        self.future = future
-        self.size = len(before) + len(after) + len(channel)
-        self.ended = False
-        self.written = False
-        self.born = 0.0
-        self.deadline = 0.0
+        self.future: asyncio.Future[int | None] | None = None
+        self.size = len(before) + len(after)
+        self.ended = self.written = False
+        self.born = self.deadline = 0.0
+
+    def acknowledge(self, copies: int) -> None:
+        """The usual end: Redis handed out this many copies."""
+        if self.ended:
+            return
+        self.ended = True
+        future, owner = self.future, self.owner
+        if future is not None and not future.done():
+            future.set_result(copies)
+        owner.published += 1
+        if owner.unwatched:
+            owner.unwatched.pop(self, None)
 
     def buffered(self) -> None:
         """Kept for later: whoever waits is told so now."""
@@ -61,7 +83,7 @@ class Outgoing:
             future.set_result(None)
 
     def finish(self, outcome: Outcome) -> None:
-        """The end. Later calls do nothing."""
+        """Any other end. Later calls do nothing."""
         if self.ended:
             return
         self.ended = True
@@ -70,8 +92,8 @@ class Outgoing:
             if isinstance(outcome, Exception):
                 future.set_exception(outcome)
             else:
-                future.set_result(outcome if isinstance(outcome, int) else None)
-        self.owner(self, outcome)
+                future.set_result(None)
+        self.owner.ended(self, outcome)
 
 
 class Sink(Protocol):
@@ -89,11 +111,12 @@ class Sink(Protocol):
     def lost(self, reason: str) -> None:
         """The subscriber connection is gone, and all subscriptions with it."""
 
-    def frame(self, subscription: Subscription, channel: bytes, payload: bytes) -> None:
-        """A message on `channel` (without the namespace) through this subscription."""
+    def frames(self, subscription: Subscription, rows: Sequence[Sequence[bytes]]) -> None:
+        """Messages through this subscription, in order. A row ends with the channel as it is on the
+        wire (with the namespace) and the payload."""
 
-    def behind(self) -> bool:
-        """Whether the lanes are filling up: the transport should then read in small bites."""
+    def pressure(self) -> bool:
+        """Called before each read. Whether the lanes are filling up: then read in small bites."""
 
 
 @dataclass(slots=True)

@@ -95,7 +95,7 @@ class MemoryTransport:
         outgoing.written = True
         copies = self._hub.publish(outgoing.channel, payload)
         # The answer takes a turn of the loop, as a server's would: handlers get theirs.
-        asyncio.get_running_loop().call_soon(outgoing.finish, copies)
+        asyncio.get_running_loop().call_soon(outgoing.acknowledge, copies)
 
     def send(self, commands: Iterable[Command]) -> None:
         """Do it at once, and what follows from it."""
@@ -129,9 +129,8 @@ class MemoryTransport:
             matching = self._matching[channel] = self._find(channel)
         if not matching or self._loop is None or self._loop.is_closed():
             return 0
-        name = channel[len(self._prefix) :]
         was_empty = not self._waiting
-        self._waiting.extend((subscription, name, payload) for subscription in matching)
+        self._waiting.extend((subscription, channel, payload) for subscription in matching)
         if was_empty:
             self._loop.call_soon_threadsafe(self._deliver)
         return len(matching)
@@ -149,10 +148,12 @@ class MemoryTransport:
         ]
 
     def _deliver(self) -> None:
+        if self._sink is not None:
+            self._sink.pressure()
         while self._waiting:
             subscription, channel, payload = self._waiting.popleft()
             if self._sink is not None and subscription in self._subscriptions:
-                self._sink.frame(subscription, channel, payload)
+                self._sink.frames(subscription, ((channel, payload),))
 
     def status(self) -> Status:
         up = self._sink is not None

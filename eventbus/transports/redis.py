@@ -17,11 +17,11 @@ from eventbus._reports import logger
 from eventbus._router import Command
 from eventbus._settings import Settings
 from eventbus.transports._endpoint import Endpoint, describe_error, is_hopeless
-from eventbus.transports._inbox import PROBE_PREFIX, Inbox
+from eventbus.transports._inbox import Inbox
 from eventbus.transports._link import Link
 from eventbus.transports._liveness import Liveness
 from eventbus.transports._outbox import Outbox
-from eventbus.transports.base import Outgoing, Sink, Status
+from eventbus.transports.base import PROBE_PREFIX, Outgoing, Sink, Status
 
 _SLOW = 30.0
 """Seconds between attempts with credentials that were refused, and between those for denied patterns."""
@@ -35,14 +35,14 @@ class _Keeper:
         self,
         role: str,
         endpoint: Endpoint,
-        behind: Callable[[], bool],
+        pressure: Callable[[], bool],
         opened: Callable[[Link], None],
         lost: Callable[[str], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self._role = role
         self._endpoint = endpoint
-        self._behind = behind
+        self._pressure = pressure
         self._opened = opened
         self._lost = lost
         self._failed = failed
@@ -76,7 +76,7 @@ class _Keeper:
     async def _live_once(self) -> None:
         """One connection, from its opening to its end. Raises what kept it from opening."""
         connection = await self._endpoint.open()
-        link = self.link = Link(connection, self._behind)
+        link = self.link = Link(connection, self._pressure)
         if self.reason is not None:
             logger.info("%s %s: connected again", self._role, self._endpoint.shown)
         self.reason = None
@@ -117,7 +117,7 @@ class RedisTransport:
         outbox.user = self.user
         inbox = self._inbox = Inbox(sink, prefix, probe, self._on_probe)
         self._subscriber = _Keeper(
-            "subscriber", self._endpoint, sink.behind, self._on_inbox, inbox.lost, self._on_failure
+            "subscriber", self._endpoint, sink.pressure, self._on_inbox, inbox.lost, self._on_failure
         )
         self._publisher = _Keeper(
             "publisher", self._endpoint, _never, self._on_outbox, outbox.lost, self._on_failure

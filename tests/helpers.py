@@ -1,0 +1,70 @@
+"""What several test files share: waiting with a limit, collecting what handlers saw, and payloads.
+
+`write` and `read` are the one place where the tests call the functions of the envelope: from an
+event to the bytes on the wire, and from bytes to the message that a handler would see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from eventbus import Event, Message
+from eventbus._envelope import Frame, encode_data, message_of, peek, write_head
+from eventbus._handlers import SKIP, stream_body
+
+T = TypeVar("T")
+
+LIMIT = 5.0
+"""Seconds until a wait has failed. Nothing that works comes near it."""
+TIME = "2024-05-06T07:08:09.000010Z"
+
+
+async def soon(awaitable: Awaitable[T], seconds: float = LIMIT) -> T:
+    """What it returns, or a TimeoutError after the limit."""
+    async with asyncio.timeout(seconds):
+        return await awaitable
+
+
+class Seen(list[T]):
+    """What handlers saw, in order; a test waits until it has a number of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grew = asyncio.Event()
+
+    def append(self, item: T) -> None:
+        """Called on the loop, by handlers."""
+        super().append(item)
+        self._grew.set()
+
+    async def reach(self, count: int) -> list[T]:
+        """The list, when it has this many items. TimeoutError after the limit."""
+        async with asyncio.timeout(LIMIT):
+            while len(self) < count:
+                self._grew.clear()
+                await self._grew.wait()
+        return self
+
+
+def write(event: Event, *, number: int = 1, **headers: Any) -> bytes:
+    """The payload that publishing this event puts on the wire."""
+    data = encode_data(event)
+    before, after = write_head("id-1", "test/1", type(event).__event_type__, TIME, headers)
+    return b"%b%d%b%b}" % (before, number, after, data)
+
+
+def read(payload: bytes, *types: Any) -> Message[Any] | None:
+    """The message that a handler of these types sees; None when the type is not one of them."""
+    frame = Frame("here", payload, peek(payload))
+    event = stream_body(types, False).decode(frame)
+    return None if event is SKIP else message_of(frame, event, None, {})
+
+
+def foreign(data: object = None, **attributes: Any) -> bytes:
+    """A CloudEvent as another program may write it: JSON with blanks. None leaves one out."""
+    event = {"data": data, "type": "Note", "source": "/other", "id": "7", "specversion": "1.0"}
+    event |= attributes
+    return json.dumps({k: v for k, v in event.items() if v is not None}).encode()
