@@ -439,9 +439,9 @@ class Template:
         for (name, path), part in zip(self.fields.items(), self._parts[1:], strict=True):
             value = values[name]
             if not all(value.split(":")) if path else not value or ":" in value:
-                rule = "no empty segment" if path else "not empty and without ':'"
+                rule = "have no empty segment" if path else "be not empty and without ':'"
                 raise InvalidChannel(
-                    f"field {name!r} of the channel template {self.text!a} must be {rule},"
+                    f"field {name!r} of the channel template {self.text!a} must {rule},"
                     f" and is {ascii(value)[:80]}",
                     channel=self.text,
                 )

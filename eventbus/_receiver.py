@@ -370,7 +370,7 @@ class Receiver:
         self._drops[key] += 1
         if self._drops_timer is None:
             loop = asyncio.get_running_loop()
-            due = max(loop.time(), self._drops_told + 1.0)
+            due = max(loop.time() + 0.1, self._drops_told + 1.0)
             self._drops_timer = loop.call_at(due, self.tell_drops)
 
     def tell_drops(self) -> None:

@@ -15,11 +15,11 @@ Pure: every method changes the state and returns the commands to send; the calle
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-from eventbus._patterns import Pattern, covers, glob_matches, literal_prefix, tokenize
+from eventbus._index import Index, Shape, glob_shape, name_shape
+from eventbus._patterns import Pattern
 
 
 class Subscription(NamedTuple):
@@ -54,61 +54,6 @@ def wanted(pattern: Pattern) -> Subscription:
     return Subscription(True, pattern.wire)
 
 
-class _Shape(NamedTuple):
-    """What of a subscription decides coverage: its tokens, and the literal prefix of these."""
-
-    tokens: tuple[int, ...]
-    prefix: bytes
-
-
-def _shape(subscription: Subscription) -> _Shape:
-    if not subscription.pattern:
-        return _Shape(tuple(1 << byte for byte in subscription.name), subscription.name)
-    tokens = tokenize(subscription.name)
-    return _Shape(tokens, literal_prefix(tokens))
-
-
-class _Index:
-    """Subscriptions by literal prefix, to find the few that may match a name."""
-
-    def __init__(self) -> None:
-        self._literals: set[bytes] = set()
-        self._tables: dict[int, dict[bytes, dict[Subscription, None]]] = {}
-        self._lengths: list[int] = []
-
-    def add(self, subscription: Subscription, prefix: bytes) -> None:
-        if not subscription.pattern:
-            self._literals.add(subscription.name)
-            return
-        size = len(prefix)
-        if size not in self._tables:
-            self._tables[size] = {}
-            bisect.insort(self._lengths, size)
-        self._tables[size].setdefault(prefix, {})[subscription] = None
-
-    def discard(self, subscription: Subscription, prefix: bytes) -> None:
-        if not subscription.pattern:
-            self._literals.discard(subscription.name)
-            return
-        table = self._tables.get(len(prefix), {})
-        bucket = table.get(prefix, {})
-        bucket.pop(subscription, None)
-        if not bucket and prefix in table:
-            del table[prefix]
-            if not table:
-                del self._tables[len(prefix)]
-                self._lengths.remove(len(prefix))
-
-    def candidates(self, name: bytes) -> Iterator[Subscription]:
-        """All whose literal prefix begins `name` (the literal of this very name first)."""
-        if name in self._literals:
-            yield Subscription(False, name)
-        for size in self._lengths:
-            if size > len(name):
-                return
-            yield from self._tables[size].get(name[:size], ())
-
-
 class _Entry(NamedTuple, Generic[R]):
     """One pattern of one route. `order` grows with every pattern that is added."""
 
@@ -128,12 +73,11 @@ class Router(Generic[R]):
         self.denied: dict[Subscription, None] = {}
         self._entries: dict[Subscription, list[_Entry[R]]] = {}
         self._order = 0
-        self._shapes: dict[Subscription, _Shape] = {}
-        self._wanted = _Index()
-        self._confirmed = _Index()
+        self._shapes: dict[Subscription, Shape] = {}
+        self._wanted: Index[Subscription] = Index()
+        self._confirmed: Index[Subscription] = Index()
         self._targets: dict[Subscription, set[Subscription]] = {}
-        self._target_index = _Index()
-        self._target_order: list[tuple[bytes, Subscription]] = []
+        self._target_index: Index[Subscription] = Index()
         self._cover: dict[Subscription, Subscription] = {}
         self._carrier: dict[Subscription, Subscription] = {}
         self._carried: dict[Subscription, set[Subscription]] = {}
@@ -155,8 +99,7 @@ class Router(Generic[R]):
             entries = self._entries.get(subscription)
             if entries is None:
                 entries = self._entries[subscription] = []
-                shape = self._shape_of(subscription)
-                self._wanted.add(subscription, shape.prefix)
+                self._wanted.add(subscription, self._shape_of(subscription))
                 fresh.append(subscription)
             entries.append(_Entry(route, pattern, self._order))
         self.version += 1
@@ -176,7 +119,7 @@ class Router(Generic[R]):
                 entry for entry in entries if (entry.route, entry.pattern) != (route, pattern)
             ]
             if not entries and self._entries.pop(subscription, None) is not None:
-                self._wanted.discard(subscription, self._shapes[subscription].prefix)
+                self._wanted.remove(subscription, self._shapes[subscription])
                 gone.append(subscription)
         self.version += 1
         return self._unwant(gone)
@@ -201,8 +144,9 @@ class Router(Generic[R]):
         """The server confirmed a subscription: it carries from here on what it is to cover."""
         self._asked.discard(subscription)
         self._moment += 1
+        if subscription not in self.live:
+            self._confirmed.add(subscription, self._shape_of(subscription))
         self.live[subscription] = self._moment
-        self._confirmed.add(subscription, self._shape_of(subscription).prefix)
         self.version += 1
         if subscription in self._targets:
             self._adopt(subscription)
@@ -229,8 +173,8 @@ class Router(Generic[R]):
         """The server confirmed the end of a subscription: the heirs carry on from here."""
         self._leaving.discard(subscription)
         self._surplus.discard(subscription)
-        self.live.pop(subscription, None)
-        self._confirmed.discard(subscription, self._shape_of(subscription).prefix)
+        if self.live.pop(subscription, None) is not None:
+            self._confirmed.remove(subscription, self._shapes[subscription])
         self.version += 1
         heirs = self._heirs.pop(subscription, {})
         for member in list(self._carried.get(subscription, ())):
@@ -249,7 +193,7 @@ class Router(Generic[R]):
     def lost(self) -> None:
         """The connection is gone, and with it every subscription."""
         self.live.clear()
-        self._confirmed = _Index()
+        self._confirmed = Index()
         self._carrier.clear()
         self._carried.clear()
         self._heirs.clear()
@@ -278,7 +222,7 @@ class Router(Generic[R]):
         whether this copy is the one that counts (the first of several on the wire)."""
         hidden = channel.startswith(b"__")
         best: dict[R, tuple[int, Subscription, Match[R]]] = {}
-        for subscription in self._wanted.candidates(channel):
+        for subscription in self._wanted.above(name_shape(channel)):
             through = self._carrier.get(subscription)
             if through is None:
                 continue
@@ -297,9 +241,9 @@ class Router(Generic[R]):
     def _first_copy(self, channel: bytes) -> Subscription | None:
         """Of the live subscriptions that match a channel, the one confirmed first."""
         first = None
-        for subscription in self._confirmed.candidates(channel):
+        for subscription in self._confirmed.above(name_shape(channel)):
             if first is None or self.live[subscription] < self.live[first]:
-                if self._matches(subscription, channel):
+                if self._shapes[subscription].matches(channel):
                     first = subscription
         return first
 
@@ -307,18 +251,13 @@ class Router(Generic[R]):
         """Whether any live subscription matches this channel."""
         return self._first_copy(channel) is not None
 
-    def _matches(self, subscription: Subscription, channel: bytes) -> bool:
-        if not subscription.pattern:
-            return subscription.name == channel
-        tokens, prefix = self._shapes[subscription]
-        return glob_matches(tokens[len(prefix) :], channel[len(prefix) :])
-
     # -- The plan ----------------------------------------------------------------------------------
 
-    def _shape_of(self, subscription: Subscription) -> _Shape:
+    def _shape_of(self, subscription: Subscription) -> Shape:
         shape = self._shapes.get(subscription)
         if shape is None:
-            shape = self._shapes[subscription] = _shape(subscription)
+            shape = glob_shape(subscription.name) if subscription.pattern else name_shape(subscription.name)
+            self._shapes[subscription] = shape
         return shape
 
     def _forget_shape(self, subscription: Subscription) -> None:
@@ -327,41 +266,27 @@ class Router(Generic[R]):
             self._shapes.pop(subscription, None)
 
     def _covering(self, subscription: Subscription) -> Subscription | None:
-        """The target that covers a subscription, if one does."""
-        tokens, prefix = self._shape_of(subscription)
-        for target in self._target_index.candidates(prefix):
-            if target != subscription and covers(self._shapes[target].tokens, tokens):
+        """The target that covers a subscription which is none itself, if one does."""
+        shape = self._shape_of(subscription)
+        for target in self._target_index.above(shape):
+            if self._shapes[target].covers(shape):
                 return target
         return None
 
-    def _covered(self, subscription: Subscription) -> list[Subscription]:
-        """The targets that a subscription covers."""
-        if not subscription.pattern:
-            return []
-        tokens, prefix = self._shape_of(subscription)
-        found = []
-        for i in range(bisect.bisect_left(self._target_order, (prefix,)), len(self._target_order)):
-            start, target = self._target_order[i]
-            if not start.startswith(prefix):
-                break
-            if target != subscription and covers(tokens, self._shapes[target].tokens):
-                found.append(target)
-        return found
-
     def _set_target(self, subscription: Subscription) -> list[Subscription]:
         """Make this a target, instead of those that it covers. Returns their members."""
-        prefix = self._shape_of(subscription).prefix
-        found = [item for old in self._covered(subscription) for item in self._unset_target(old)]
+        shape = self._shape_of(subscription)
+        found: list[Subscription] = []
+        for target in self._target_index.below(shape):
+            if shape.covers(self._shapes[target]):
+                found += self._unset_target(target)
         self._surplus.discard(subscription)
         self._targets[subscription] = set()
-        self._target_index.add(subscription, prefix)
-        bisect.insort(self._target_order, (prefix, subscription))
+        self._target_index.add(subscription, shape)
         return found
 
     def _unset_target(self, subscription: Subscription) -> set[Subscription]:
-        prefix = self._shapes[subscription].prefix
-        self._target_index.discard(subscription, prefix)
-        del self._target_order[bisect.bisect_left(self._target_order, (prefix, subscription))]
+        self._target_index.remove(subscription, self._shapes[subscription])
         if self._is_steady(subscription):
             self._surplus.add(subscription)
         return self._targets.pop(subscription)
@@ -380,7 +305,7 @@ class Router(Generic[R]):
             target = self._covering(subscription)
             placed, ready = [subscription], True
             if target is None:
-                target, ready = subscription, True
+                target, ready = subscription, not self.denied
                 placed += self._set_target(subscription)
             self._targets[target].update(placed)
             self._cover.update(dict.fromkeys(placed, target))
@@ -394,8 +319,8 @@ class Router(Generic[R]):
 
     def _adopt(self, target: Subscription) -> None:
         """What is denied by itself may be had through a target that is live."""
-        tokens = self._shapes[target].tokens
-        for item in [item for item in self.denied if covers(tokens, self._shapes[item].tokens)]:
+        shape = self._shapes[target]
+        for item in [item for item in self.denied if shape.covers(self._shapes[item])]:
             del self.denied[item]
             self._targets[target].add(item)
             self._cover[item] = target

@@ -200,18 +200,15 @@ class Run:
     async def stop(self) -> None:
         """Stop, and return (or raise CancelledError) when nothing is left open."""
         stopping = self.begin_stop()
-        cancelled: asyncio.CancelledError | None = None
-        with anyio.CancelScope(shield=True):
-            while not stopping.done():
-                try:
-                    await asyncio.shield(stopping)
-                except asyncio.CancelledError as error:
-                    if not stopping.done():
-                        cancelled = error
-                        self._hurry.set()
-        if cancelled is not None:
-            raise cancelled
-        stopping.result()
+        try:
+            await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            self._hurry.set()
+            with anyio.CancelScope(shield=True):
+                while not stopping.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.shield(stopping)
+            raise
 
     def _fatal(self, error: BaseException) -> None:
         """A handler raised KeyboardInterrupt or SystemExit: that ends the bus."""

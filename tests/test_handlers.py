@@ -1,4 +1,4 @@
-"""Handlers: what a signature asks for is what the call gets, and what cannot be is refused early."""
+"""Handlers: what a signature asks for is what the call gets; what cannot be is refused early."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ Handler = Callable[..., Any]
 class Note(Event, channel="note:{room}"):
     room: str = "a"
     x: int = 0
+
+
+class Twin(Event, type="Note"):
+    pass
 
 
 class Said(Event):
@@ -49,6 +53,7 @@ class Colour(Enum):
 
 UserId = NewType("UserId", int)
 T = TypeVar("T")
+NOTE = Note()
 ROOM = UUID("12345678-1234-5678-1234-567812345678")
 
 
@@ -129,7 +134,9 @@ async def test_no_parameter() -> None:
     assert calls == [1, 1]
 
 
-@pytest.mark.parametrize("annotation", [dict, dict[str, Any], dict[str, object], Message[dict]], ids=str)
+@pytest.mark.parametrize(
+    "annotation", [dict, dict[str, Any], dict[str, object], Message[dict]], ids=str
+)
 async def test_dict(annotation: Any) -> None:
     """A dict takes the data of every type."""
     seen: list[Any] = []
@@ -275,7 +282,7 @@ async def test_event_and_dict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("annotation", "text", "value"),
+    "annotation, text, value",
     [
         (str, "7", "7"),
         (int, "-7", -7),
@@ -309,7 +316,7 @@ async def test_capture_is_converted(annotation: Any, text: str, value: object) -
 
 
 @pytest.mark.parametrize(
-    ("annotation", "text"),
+    "annotation, text",
     [
         (int, "x"),
         (int, "1.5"),
@@ -439,10 +446,10 @@ async def test_positional_only() -> None:
 
 
 async def test_positional_only_with_defaults() -> None:
-    """A positional-only parameter that nothing fills keeps its default, and its neighbours theirs."""
+    """A positional-only parameter that nothing fills keeps its default."""
     seen: list[Any] = []
 
-    async def handler(limit: int = 5, event: Note = Note(), /) -> None:  # noqa: B008
+    async def handler(limit: int = 5, event: Note = NOTE, /) -> None:
         seen.append((limit, event.x))
 
     await deliver(handler)
@@ -493,26 +500,26 @@ async def test_methods_and_objects() -> None:
 
     class Service:
         async def method(self, event: Note, room: str) -> None:
-            seen.append(("method", room, threading.get_ident() == here))
+            seen.append(("method", event.x, room, threading.get_ident() == here))
 
         def blocking(self, event: Note) -> None:
-            seen.append(("blocking", threading.get_ident() == here))
+            seen.append(("blocking", event.x, threading.get_ident() == here))
 
         @classmethod
         async def of_class(cls, event: Note) -> None:
-            seen.append("class")
+            seen.append(("class", event.x))
 
         @staticmethod
         async def static(event: Note) -> None:
-            seen.append("static")
+            seen.append(("static", event.x))
 
     class Async:
         async def __call__(self, event: Note) -> None:
-            seen.append(("object", threading.get_ident() == here))
+            seen.append(("object", event.x, threading.get_ident() == here))
 
     class Blocking:
         def __call__(self, event: Note) -> None:
-            seen.append(("object", threading.get_ident() == here))
+            seen.append(("object", event.x, threading.get_ident() == here))
 
     here = threading.get_ident()
     service = Service()
@@ -520,12 +527,12 @@ async def test_methods_and_objects() -> None:
         await deliver(handler, "note:{room}")
     names = [list((await deliver(item)).handlers) for item in (Async(), Blocking())]
     assert seen == [
-        ("method", "a", True),
-        ("blocking", False),
-        "class",
-        "static",
-        ("object", True),
-        ("object", False),
+        ("method", 7, "a", True),
+        ("blocking", 7, False),
+        ("class", 7),
+        ("static", 7),
+        ("object", 7, True),
+        ("object", 7, False),
     ]
     assert names == [["Async"], ["Blocking"]]
 
@@ -568,7 +575,7 @@ async def test_wrapped_function() -> None:
 
 
 async def test_one_function_twice() -> None:
-    """One function may be declared more than once; each is a route of its own, with its own name."""
+    """One function may be declared more than once; each is a route with a name of its own."""
     bus = EventBus("memory://twice")
     seen: list[str] = []
 
@@ -733,9 +740,16 @@ def test_parameter_without_annotation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [(Note, Said), (Note, Note), (Shape, Note), (bytes, bytes), (dict, dict[str, Any])]
-    + [(Message, Message[Note]), (EventBus, EventBus)],
+    "first, second",
+    [
+        (Note, Said),
+        (Note, Note),
+        (Shape, Note),
+        (bytes, bytes),
+        (dict, dict[str, Any]),
+        (Message, Message[Note]),
+        (EventBus, EventBus),
+    ],
     ids=str,
 )
 def test_two_of_one_kind(first: Any, second: Any) -> None:
@@ -793,9 +807,6 @@ def test_event_itself() -> None:
 def test_two_classes_of_one_type() -> None:
     """Two classes with one wire type in a union are refused, and the type is named."""
 
-    class Twin(Event, type="Note"):
-        pass
-
     async def handler(event: Note | Twin) -> None: ...
 
     error = refused(handler)
@@ -832,7 +843,7 @@ def test_builtin_without_signature() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
+    "options, word",
     [
         ({"concurrency": 0}, "concurrency"),
         ({"concurrency": -1}, "concurrency"),
@@ -870,7 +881,7 @@ async def test_nothing_is_left_of_a_refused_attach() -> None:
 
 
 async def test_bare() -> None:
-    """On a bare wire one model, a dict, bytes, or a union with a discriminator reads the payload."""
+    """On a bare wire a model, a dict, bytes, or a union with a discriminator reads the payload."""
     seen: list[Any] = []
 
     async def model(found: Shape) -> None:
@@ -937,7 +948,9 @@ async def test_bare_payload_that_does_not_fit() -> None:
 # Streams
 
 
-@pytest.mark.parametrize("types", [(Event,), (Note, int), (int,), (dict, bytes), (Note, Shape)], ids=str)
+@pytest.mark.parametrize(
+    "types", [(Event,), (Note, int), (int,), (dict, bytes), (Note, Shape)], ids=str
+)
 async def test_stream_types(types: tuple[Any, ...]) -> None:
     """`subscribe` takes event classes, or one other type; anything else is refused."""
     async with EventBus("memory://stream") as bus:

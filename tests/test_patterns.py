@@ -10,7 +10,7 @@ import string
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import hiredis
 import pytest
@@ -80,7 +80,7 @@ class Wire:
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(20)
+        self._socket.settimeout(10)
         self._socket.connect(path)
         self._reader = hiredis.Reader()
 
@@ -88,7 +88,8 @@ class Wire:
         self._socket.close()
 
     def send(self, commands: Iterable[list[bytes]]) -> None:
-        self._socket.sendall(b"".join(map(hiredis.pack_command, map(tuple, commands))))
+        for words in commands:
+            self._socket.sendall(hiredis.pack_command(tuple(words)))  # type: ignore[arg-type]
 
     def read(self) -> object:
         while (reply := self._reader.gets()) is False:
@@ -98,10 +99,13 @@ class Wire:
         assert not isinstance(reply, Exception), reply
         return reply
 
-    def read_to(self, token: bytes) -> Iterator[list[bytes]]:
-        """The frames before the answer to `PING token`."""
-        frames = iter(self.read, [b"pong", token])
-        return iter(list(frames))  # type: ignore[arg-type]
+    def read_to(self, token: bytes) -> list[list[bytes]]:
+        """The frames before the answer to `PING token` (an array while anything is subscribed)."""
+        found = []
+        while (frame := self.read()) not in (token, [b"pong", token]):
+            assert isinstance(frame, list)
+            found.append(frame)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +114,15 @@ def oracle(server: Server, say: Say) -> Iterator[Oracle]:
     judge = Oracle(server.socket_path)
     yield judge
     judge.close()
-    say(f"glob against {server.log().split('version=')[-1][:6]}: {judge.pairs:,} pairs of a glob"
-        f" and a name, {judge.matches:,} of them match")  # fmt: skip
+    found = re.search(r"(\w+) version=([\d.]+)", server.log(), re.IGNORECASE)
+    version = " ".join(found.groups()) if found else "an unknown server"
+    pairs, matches = judge.pairs, judge.matches
+    say(f"globs against {version}: {pairs:,} pairs of a glob and a name, {matches:,} of them match")
 
 
-# -- What is tried -------------------------------------------------------------------------------
+# -- What is tried ---------------------------------------------------------------------------------
 
+ANY_BYTE = bytes(range(256))
 SPECIAL = "**??[[]]^--\\\\"
 ORDINARY = "ab:c{}!é€\udc80\udcff"
 text_pieces = st.sampled_from([*SPECIAL, *SPECIAL, *ORDINARY, "[a-c]", "[^b]", "[c-a]", "[\\]]"])
@@ -167,38 +174,38 @@ def names_for(rows: Iterable[Tokens], rng: random.Random) -> list[bytes]:
 
 seeds = st.randoms(use_true_random=False)
 
-# -- Globs are Redis's ------------------------------------------------------------------------------
+# -- Globs are Redis's -----------------------------------------------------------------------------
 
-ODD = rb"""* ** ? ?* *? [ [^ [] [^] []a] [^]a] [a [^a [ab [a- [a-] [a-]] [a-]b] [z-a] [c-a]* [!a] [^!a]
-[--a] [-a] [a-c-e] [^-a] [^^] [\ [\] [\]] [\]a] [\a-c] [a-\] [a-\]] [a\-c] [\-a] [^\^] [] [[] [[a]
-\ \\ \* \? \[ \a a\ \[a] [a]\ *\ ** *a*b* a*a*a*b *[ab]*[^c]? [*] [?] [\*] {a} {a,b} a{2} [{}] é
-[a]] [^a]] [a][b] [a-c][^a-c] *] *[ *[^ ?[] *[]* *[^]* ^a [^a-] - [-] [--] [---] [a--] [\\-a] [Z-a]
-""".split()
+ODD = r"""
+* ** ? ?* *? [ [^ [] [^] []a] [^]a] [a [^a [ab [a- [a-] [a-]] [a-]b] [z-a] [c-a]* [!a] [^!a]
+[--a] [-a] [a-c-e] [^-a] [^^] [\ [\] [\]] [\]a] [\a-c] [a-\] [a-\]] [a\-c] [\-a] [^\^] [[] [[a]
+\ \\ \* \? \[ \a a\ \[a] [a]\ *\ *a*b* a*a*a*b *[ab]*[^c]? [*] [?] [\*] {a} {a,b} a{2} [{}] é
+[a]] [^a]] [a][b] [a-c][^a-c] *] *[ *[^ ?[] *[]* *[^]* ^a [^a-] - [-] [--] [---] [a--] [\\-a]
+[Z-a]
+""".encode().split()
 
 
 def test_every_short_glob(oracle: Oracle) -> None:
-    """Every glob of up to four characters of `*?[]^-\\a` matches what the server says it matches."""
+    """Every glob of up to four of eight odd characters matches what the server says it matches."""
     globs = [bytes(g) for n in range(5) for g in itertools.product(b"*?[]^-\\a", repeat=n)]
     names = [bytes(n) for k in (1, 2) for n in itertools.product(b"ab]^-\\", repeat=k)]
     found = oracle(globs, names)
-    for glob in globs:
-        tokens = tokenize(glob)
+    for text in globs:
+        tokens = tokenize(text)
         for name in names:
-            assert glob_matches(tokens, name) == ((glob, name) in found), (glob, name)
+            assert glob_matches(tokens, name) == ((text, name) in found), (text, name)
 
 
 def test_odd_globs(oracle: Oracle) -> None:
-    """Unclosed, empty, reversed and escaped classes and trailing backslashes mean what Redis says."""
+    """Unclosed, empty, reversed, escaped classes and trailing backslashes mean what Redis says."""
     rng = random.Random(1)
-    names = [bytes(n) for n in itertools.product(b"ab]-", repeat=3)] + [bytes([b]) for b in ANY_BYTE]
+    names = [bytes(n) for n in itertools.product(b"ab]-", repeat=3)]
+    names += [bytes([byte]) for byte in ANY_BYTE]
     names += names_for([tokenize(glob) for glob in ODD * 5], rng)
     found = oracle(ODD, names)
-    for glob in ODD:
+    for text in ODD:
         for name in names:
-            assert glob_matches(tokenize(glob), name) == ((glob, name) in found), (glob, name)
-
-
-ANY_BYTE = bytes(range(256))
+            assert glob_matches(tokenize(text), name) == ((text, name) in found), (text, name)
 
 
 @settings(max_examples=100)
@@ -207,9 +214,9 @@ def test_raw_globs(oracle: Oracle, globs: list[bytes], rng: random.Random) -> No
     """A glob of any bytes (ASCII inside brackets) matches exactly what it matches on the server."""
     names = names_for(map(tokenize, globs), rng) or [b"a"]
     found = oracle(globs, names)
-    for glob in globs:
+    for text in globs:
         for name in names:
-            assert glob_matches(tokenize(glob), name) == ((glob, name) in found), (glob, name)
+            assert glob_matches(tokenize(text), name) == ((text, name) in found), (text, name)
 
 
 def parsed(candidates: Iterable[str]) -> list[Pattern]:
@@ -270,7 +277,9 @@ def test_escape(oracle: Oracle, candidates: list[str], rng: random.Random) -> No
     assert found == {(patterns[text].wire, name) for text, name in names.items()}
     for text, pattern in patterns.items():
         assert pattern.literal == names[text]
-        assert [n for n in (*names.values(), *others) if pattern.match(n) == {}][:1] == [names[text]]
+        assert [n for n in (*names.values(), *others) if pattern.match(n) == {}][:1] == [
+            names[text]
+        ]
         assert not any(pattern.match(n) for n in others if n != names[text])
 
 
@@ -342,7 +351,7 @@ def spellings(draw: st.DrawFn) -> list[str]:
     return [*found, "{p:path}"] if draw(st.booleans()) else found or ["a"]
 
 
-@settings(max_examples=1500)
+@settings(max_examples=600)
 @given(spellings(), seeds)
 @example(["{x}", "{y}"], random.Random(1))
 @example(["{x}", "{p:path}"], random.Random(1))
@@ -350,7 +359,7 @@ def spellings(draw: st.DrawFn) -> list[str]:
 @example(["*", "{p:path}"], random.Random(1))
 @example(["a", "*", "{x}", "*", "a"], random.Random(1))
 def test_captures(spelled: list[str], rng: random.Random) -> None:
-    """Captures are those of the leftmost-shortest split, and there is a match if there is a split."""
+    """Captures are those of the leftmost-shortest split; no match means that there is none."""
     pattern, pieces = Pattern("".join(spelled)), pieces_of(spelled)
     names = {b"", b":", b"a", b"::", b"a:", b":a", b"a::b", b"a:b", b"a:b:", b"ab:ab:ab"}
     for _ in range(8):
@@ -358,11 +367,11 @@ def test_captures(spelled: list[str], rng: random.Random) -> None:
     for name in names:
         expected = reference(pieces, name) if name else None
         assert pattern.match(name) == expected, (pattern, name)
-        assert pattern.captures == tuple(s[1] for s in spelled if s in ("{x}", "{y}", "{z}", "{p:path}"))
+    assert pattern.captures == tuple(s[1] for s in spelled if s[0] == "{" and s != "{{")
 
 
 def test_captures_exhaustively(say: Say) -> None:
-    """All rows of up to three of the pieces, on all names of up to five bytes, split as by brute force."""
+    """All rows of up to three pieces split all names of up to five bytes as brute force does."""
     parts, cases = ["{x}", "{y}", "*", "?", "a", ":"], 0
     names = [bytes(n) for k in range(1, 6) for n in itertools.product(b"a:b", repeat=k)]
     rows = [list(row) for n in (1, 2, 3) for row in itertools.product(parts, repeat=n)]
@@ -409,20 +418,24 @@ def test_capture_table(text: str, name: str, captures: dict[str, str] | None) ->
     assert Pattern(text).match(encode_name(name)) == captures
 
 
-# -- Coverage ----------------------------------------------------------------------------------------
+# -- Coverage --------------------------------------------------------------------------------------
+
+
+@cache
+def kinds(sets: frozenset[int]) -> tuple[int, ...]:
+    """One byte for each way of being in these sets."""
+    return tuple({tuple(each >> byte & 1 for each in sets): byte for byte in ANY_BYTE}.values())
 
 
 def decide(a: Tokens, b: Tokens) -> bool:
     """Whether each non-empty name of `b` is one of `a`: both run side by side as sets of places."""
-    kinds = {tuple(t >> byte & 1 for t in (*a, *b) if t >= 0): byte for byte in ANY_BYTE}
+    alphabet = kinds(frozenset(token for token in (*a, *b) if token >= 0))
 
     def close(row: Tokens, places: Iterable[int]) -> frozenset[int]:
-        found = set()
-        for place in places:
-            found.add(place)
-            while place < len(row) and row[place] < 0:
-                place += 1  # noqa: PLW2901: on past a star
-                found.add(place)
+        found = set(places)
+        for place in range(len(row)):
+            if place in found and row[place] < 0:
+                found.add(place + 1)
         return frozenset(found)
 
     def step(row: Tokens, places: frozenset[int], byte: int) -> frozenset[int]:
@@ -434,7 +447,7 @@ def decide(a: Tokens, b: Tokens) -> bool:
     seen = set()
     while todo:
         of_a, of_b = todo.pop()
-        for byte in kinds.values():
+        for byte in alphabet:
             pair = step(a, of_a, byte), step(b, of_b, byte)
             if pair in seen or not pair[1]:
                 continue
@@ -539,16 +552,16 @@ def test_covers_of_strangers(say: Say) -> None:
     """Of two unrelated globs, `covers` says inclusion only where there is one."""
     rng = random.Random(3)
     found = true = 0
-    for _ in range(6000):
+    for _ in range(4000):
         a, b = (glob("".join(rng.choices(PARTS, k=rng.randint(1, 6)))) for _ in "ab")
         true += (truth := decide(a, b))
         found += (claim := covers(a, b))
         assert truth or not claim, (a, b)
-    say(f"covers, 6,000 unrelated pairs: {found:,} of {true:,} inclusions found, none invented")
+    say(f"covers, 4,000 unrelated pairs: {found:,} of {true:,} inclusions found, none invented")
     assert found >= 0.85 * true
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(raw_globs, raw_globs, st.booleans(), seeds)
 def test_covers_is_sound(a: bytes, b: bytes, related: bool, rng: random.Random) -> None:
     """Where `a` covers `b`, no name of `b`'s language escapes `a`, whatever bytes they hold."""
@@ -568,7 +581,8 @@ def test_covers_takes_captures_as_stars(spelled: list[str], extra: int) -> None:
     wire = tokenize(pattern.wire)
     assert covers(wire, pattern.tokens)
     assert covers(pattern.tokens, wire)
-    assert covers(pattern.tokens, wire + (STAR,) * extra) == (not extra or decide(wire, (*wire, STAR)))
+    wider = wire + (STAR,) * extra
+    assert covers(pattern.tokens, wider) == decide(wire, wider)
 
 
 def test_covers_gives_up_on_giants() -> None:
@@ -582,22 +596,22 @@ def test_covers_is_never_slow(say: Say) -> None:
     """The work for two patterns of 60 bytes is bounded, however they are made."""
     rng = random.Random(4)
     worst, most = 0.0, 0
+    mixed = PARTS + list(string.ascii_lowercase)
     hard = [("*a" * 30, "*aa" * 20), ("*[ab]" * 12, "*[bc]" * 12), ("*a?" * 20, "*" + "ab" * 29)]
     hard += [("*a" + "?" * 58, "*" + "a" * 59), ("*[ab]?[^a]" * 6, "*?[a-c]*[^b]" * 5)]
     hard += [
-        tuple("".join(rng.choices(PARTS + list(string.ascii_lowercase), k=30))[:60] for _ in "ab")
+        ("".join(rng.choices(mixed, k=30))[:60], "".join(rng.choices(mixed, k=30))[:60])
         for _ in range(200)
     ]
     for a, b in hard:
-        start = time.perf_counter()
-        covers(glob(a), glob(b))
-        worst = max(worst, time.perf_counter() - start)
-        most = max(most, lines_of(lambda a=a, b=b: covers(glob(a), glob(b))))  # type: ignore[misc]
+        call = partial(covers, glob(a), glob(b))
+        worst = max(worst, seconds_of(call))
+        most = max(most, lines_of(call))
     say(f"covers, 60 bytes each: at worst {worst * 1e3:.2f} ms, {most:,} lines executed")
-    assert most < 200_000
+    assert most < 20_000
 
 
-# -- No pattern is slow ------------------------------------------------------------------------------
+# -- No pattern is slow ----------------------------------------------------------------------------
 
 
 def lines_of(call: Callable[[], object]) -> int:
@@ -616,6 +630,22 @@ def lines_of(call: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def most_lines(tokens: Tokens) -> int:
+    """What a match may execute: so much per token, and nothing that depends on the stars."""
+    return 12 * len(tokens) + 100
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """What a call takes, undisturbed: the best of three, with all tables cold."""
+    found = []
+    for _ in range(3):
+        _table.cache_clear()
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 BAD = [
@@ -638,20 +668,18 @@ SLOW_NAMES = [b"a" * 512, b"ab" * 256, b"a:" * 255 + b"a", string.ascii_letters.
 def test_no_pattern_is_slow(say: Say) -> None:
     """A match executes a number of lines that grows with the tokens alone, not with their stars."""
     rng = random.Random(5)
-    made = ["".join(rng.choices(["*", "*", "?", "a", "b", ":", "[ab]"], k=60))[:60] for _ in range(100)]
-    made += ["{a}{b}" + text[:54] for text in made[:50]]
+    parts = ["*", "*", "?", "a", "b", ":", "[ab]"]
+    made = ["".join(rng.choices(parts, k=60))[:60] for _ in range(60)]
+    made += ["{a}{b}" + text[:54] for text in made[:30]]
     worst, where = 0.0, ""
     for text in BAD + made:
         pattern = Pattern(text)
         for name in SLOW_NAMES:
-            _table.cache_clear()  # the first match after a start is the slow one
-            start = time.perf_counter()
-            pattern.match(name)
-            took = time.perf_counter() - start
-            worst, where = max((worst, where), (took, text))
-            assert lines_of(lambda n=name, p=pattern: p.match(n)) <= 12 * len(pattern.tokens) + 40  # type: ignore[misc]
+            call = partial(pattern.match, name)
+            worst, where = max((worst, where), (seconds_of(call), text))
+            assert lines_of(call) <= most_lines(pattern.tokens)
             plain = tokenize(pattern.wire)
-            assert lines_of(lambda n=name, p=plain: glob_matches(p, n)) <= 12 * len(plain) + 40  # type: ignore[misc]
+            assert lines_of(partial(glob_matches, plain, name)) <= most_lines(plain)
     say(f"match, 60 bytes on up to 512: at worst {worst * 1e3:.2f} ms, tables cold ({where!r})")
 
 
@@ -662,12 +690,10 @@ def test_work_is_linear(pieces: list[str], rng: random.Random) -> None:
     (pattern, *_), short = parsed(["".join(dict.fromkeys(pieces)), "*"]), "".join(pieces)[:60]
     for candidate in (pattern, *parsed([short])):
         for name in (word(candidate.tokens, rng, b"ab") * 3, b"ab" * 256):
-            match = candidate.match
-            bound = 12 * len(candidate.tokens) + 40
-            assert lines_of(lambda n=name, m=match: m(n)) <= bound  # type: ignore[misc]
+            assert lines_of(partial(candidate.match, name)) <= most_lines(candidate.tokens)
 
 
-# -- Patterns as values ------------------------------------------------------------------------------
+# -- Patterns as values ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -765,7 +791,7 @@ def test_invalid_pattern(text: str, message: str) -> None:
 
 
 def test_the_limit_is_on_the_wire() -> None:
-    """512 bytes are counted as they travel: neither escapes of a literal nor capture names count."""
+    """512 bytes are counted as they travel, without a literal's escapes and the capture names."""
     assert Pattern(escape("*" * 512)).literal == b"*" * 512
     assert Pattern("{" + "x" * 600 + "}").wire == b"*"
     assert Pattern("{{" * 512).literal == b"{" * 512
@@ -774,7 +800,7 @@ def test_the_limit_is_on_the_wire() -> None:
         Pattern(escape("*" * 300) + "*")
 
 
-@given(st.text(alphabet=[*"{}[]:ab*\\é\udc80\x00", "path"], max_size=12))
+@given(st.lists(st.sampled_from([*"{}[]:ab*\\é\udc80\x00", "path"]), max_size=12).map("".join))
 def test_parsing_ends_well(text: str) -> None:
     """Every text is a pattern or is refused as one."""
     for pattern in parsed([text]):
@@ -782,7 +808,7 @@ def test_parsing_ends_well(text: str) -> None:
         assert pattern.match(b"a") in (None, {}) or pattern.captures
 
 
-# -- Names -------------------------------------------------------------------------------------------
+# -- Names -----------------------------------------------------------------------------------------
 
 
 @given(st.binary(max_size=20))
@@ -791,7 +817,11 @@ def test_any_bytes_are_a_name(name: bytes) -> None:
     assert encode_name(decode_name(name)) == name
 
 
-@given(st.text(alphabet=st.characters() | st.sampled_from("\udc80\udcc3\udca9\udcff\ud800"), max_size=9))
+@given(
+    st.text(
+        alphabet=st.characters() | st.sampled_from("\udc80\udcc3\udca9\udcff\ud800"), max_size=9
+    )
+)
 def test_a_channel_comes_back_as_it_was(name: str) -> None:
     """A name that is accepted is the text that subscribers see."""
     try:
@@ -812,8 +842,7 @@ def test_a_channel_comes_back_as_it_was(name: str) -> None:
         ("\udc7f", "channel '\\udc7f' has a lone surrogate, which has no UTF-8 form"),
         (
             "\udcc2\udc85",
-            "channel '\\udcc2\\udc85' spells UTF-8 in surrogate escapes, and would come back as"
-            " other text",
+            "spells UTF-8 in surrogate escapes, and would come back as other text",
         ),
         ("é" * 256 + "x", "is 513 bytes long, over the 512 that are allowed"),
     ],
@@ -851,12 +880,12 @@ def test_a_channel_is_text() -> None:
 
 
 def test_escape_table() -> None:
-    """Escaping touches `* ? [ ] \\ { }` and nothing else."""
+    """Escaping touches the characters of the pattern language and nothing else."""
     assert escape("*?[]\\{}") == "\\*\\?\\[\\]\\\\{{}}"
     assert escape("a:b-^é") == "a:b-^é"
 
 
-# -- Templates ---------------------------------------------------------------------------------------
+# -- Templates -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -878,7 +907,9 @@ def test_template(text: str, values: dict[str, str], channel: str) -> None:
     template = Template(text)
     assert template.text == text
     assert template.render(values) == channel
-    assert template.pattern.match(channel.encode()) == {name: values[name] for name in template.fields}
+    assert template.pattern.match(channel.encode()) == {
+        name: values[name] for name in template.fields
+    }
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "p"]), st.text(alphabet="x:*é", max_size=4)))
@@ -889,7 +920,9 @@ def test_a_value_cannot_escape(values: dict[str, str]) -> None:
     try:
         channel = template.render(values)
     except InvalidChannel:
-        assert not all(values["p"].split(":")) or {*"ab"} & {n for n in "ab" if not values[n] or ":" in values[n]}
+        assert not all(values["p"].split(":")) or {*"ab"} & {
+            n for n in "ab" if not values[n] or ":" in values[n]
+        }
     else:
         assert template.pattern.match(channel.encode()) == values
 
@@ -899,7 +932,7 @@ def test_a_value_cannot_escape(values: dict[str, str]) -> None:
     [
         ("c:{a}", "", "must be not empty and without ':', and is ''"),
         ("c:{a}", "x:y", "must be not empty and without ':', and is 'x:y'"),
-        ("c:{a:path}", "", "must be no empty segment, and is ''"),
+        ("c:{a:path}", "", "must have no empty segment, and is ''"),
         ("c:{a:path}", "x::y", "must have no empty segment, and is 'x::y'"),
     ],
 )

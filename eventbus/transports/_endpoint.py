@@ -6,10 +6,9 @@ redis-py connection that has answered a PING; `_link.adopt` takes its socket ove
 
 from __future__ import annotations
 
-import asyncio
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -215,32 +214,32 @@ def endpoint_of_client(client: Any, options: Mapping[str, Any]) -> Endpoint:
 
 def is_hopeless(error: BaseException) -> bool:
     """Whether trying again soon is useless: wrong credentials, or a certificate that is not good."""
-    return _is_refusal(error) or _tls_error(error) is not None
+    return any(_is_refusal(e) or isinstance(e, ssl.SSLError) for e in _chain(error))
+
+
+def describe_error(error: BaseException) -> tuple[str, bool]:
+    """One line of what went wrong, and whether it is the server's refusal of this user."""
+    refused = any(map(_is_refusal, _chain(error)))
+    for cause in _chain(error):
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS: {getattr(cause, 'verify_message', '') or cause.reason or cause}", refused
+    if isinstance(error, TimeoutError):
+        return "no answer in time", refused
+    text = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    return text, refused
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it: redis-py wraps the cause that tells."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _is_refusal(error: BaseException) -> bool:
     if isinstance(error, AuthenticationError | AuthenticationWrongNumberOfArgsError):
         return True
     return isinstance(error, ResponseError) and str(error).startswith(("NOAUTH", "WRONGPASS"))
-
-
-def _tls_error(error: BaseException | None) -> ssl.SSLError | None:
-    while error is not None:
-        if isinstance(error, ssl.SSLError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def describe_error(error: BaseException) -> tuple[str, bool]:
-    """One line of what went wrong, and whether it is the server's refusal of this user."""
-    tls = _tls_error(error)
-    if tls is not None:
-        return f"TLS: {getattr(tls, 'verify_message', '') or tls.reason or tls}", False
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return "no answer in time", False
-    text = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-    return text, _is_refusal(error)
 
 
 __all__ = [

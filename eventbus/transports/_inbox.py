@@ -32,12 +32,18 @@ class Inbox:
     `on_probe` gets what arrives on it."""
 
     def __init__(
-        self, sink: Sink, prefix: bytes, probe: bytes, on_probe: Callable[[bytes], None]
+        self,
+        sink: Sink,
+        prefix: bytes,
+        probe: bytes,
+        on_probe: Callable[[bytes], None],
+        on_ready: Callable[[], None],
     ) -> None:
         self._sink = sink
         self._prefix = prefix
         self._probe = probe
         self._on_probe = on_probe
+        self._on_ready = on_ready
         self._link: Link | None = None
         self._asked: deque[Command | _Ping] = deque()
         self._literals: dict[bytes, Subscription] = {}
@@ -68,6 +74,10 @@ class Inbox:
         for item in asked:
             if isinstance(item, _Ping):
                 item.answered(False)
+
+    def away(self) -> bool:
+        """Whether what is published now would not arrive here."""
+        return self._link is None or self._sink.away
 
     def fail(self, reason: str) -> None:
         """Drop the connection: it is dead, or leads to the wrong node."""
@@ -143,6 +153,11 @@ class Inbox:
         if refused and not str(reply).startswith("NOPERM"):
             self.fail(f"the server says: {str(reply)[:200]}")
             return
+        self._take_effect(item, refused)
+        if not self._sink.away:
+            self._on_ready()
+
+    def _take_effect(self, item: Command, refused: bool) -> None:
         subscription = item.subscription
         if not subscription.pattern and subscription.name == self._probe:
             self.probe_live, self.probe_denied = not refused, refused

@@ -52,6 +52,7 @@ class Outbox:
         self._timer: asyncio.TimerHandle | None = None
         self._empty: list[asyncio.Future[None]] = []
         policy = settings.outage
+        self._held = False
         self._buffer = policy if isinstance(policy, Buffer) else None
         self._drops = policy == "drop"
 
@@ -123,7 +124,7 @@ class Outbox:
     def _flush(self) -> None:
         self._flushing = None
         link = self._link
-        if link is None or link.paused:
+        if link is None or link.paused or self._held:
             return
         waiting, written, number = self._waiting, self._written, self._number
         grace = self._loop.time() + min(_GRACE, self._settings.publish_timeout)
@@ -132,7 +133,9 @@ class Outbox:
         while waiting and size < _BATCH:
             outgoing = waiting.popleft()
             self._waiting_bytes -= outgoing.size
-            if outgoing.ended:
+            future = outgoing.future
+            if outgoing.ended or (future is not None and future.cancelled()):
+                outgoing.ended = True  # withdrawn: nobody waits any more
                 continue
             channel = outgoing.channel
             digits = b"%d" % number(channel) if outgoing.numbered else b""
@@ -193,9 +196,13 @@ class Outbox:
         """Loop time of the last byte of an answer; None while away."""
         return None if self._link is None else self._link.last_read
 
-    def opened(self, link: Link) -> None:
-        """A connection is there: the backlog goes first."""
+    def opened(self, link: Link, *, hold: bool) -> None:
+        """A connection is there: the backlog goes first. With `hold` it waits a little for `release`,
+        so that this bus hears what it kept."""
         self._link = link
+        self._held = hold and bool(self._backlog)
+        if self._held:
+            self._loop.call_later(self._settings.publish_timeout / 2, self.release)
         link.on_replies = self._on_replies
         link.on_writable = self._flush
         self._expire()
@@ -203,6 +210,12 @@ class Outbox:
         self._backlog.clear()
         self._waiting.extendleft(reversed(backlog))
         self._flush()
+
+    def release(self) -> None:
+        """Nothing is held back any more."""
+        if self._held:
+            self._held = False
+            self._flush()
 
     def lost(self, reason: str) -> None:
         """The connection is gone: what was written is uncertain, the rest waits by the policy."""

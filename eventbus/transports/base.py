@@ -78,9 +78,8 @@ class Outgoing:
 
     def buffered(self) -> None:
         """Kept for later: whoever waits is told so now."""
-        future, self.future = self.future, None
-        if future is not None and not future.done():
-            future.set_result(None)
+        if self.future is not None and not self.future.done():
+            self.future.set_result(None)
 
     def finish(self, outcome: Outcome) -> None:
         """Any other end. Later calls do nothing."""
@@ -97,7 +96,12 @@ class Outgoing:
 
 
 class Sink(Protocol):
-    """What a transport tells. The commands that come back are to be sent at once, in order."""
+    """What a transport tells. The commands that come back are to be sent at once, in order.
+
+    `away` says that subscriptions which were there are not confirmed again yet.
+    """
+
+    away: bool
 
     def opened(self) -> list[Command]:
         """A subscriber connection is there, with nothing subscribed on it yet."""

@@ -7,6 +7,7 @@ Publisher and subscriber are kept apart, as Redis wants it. Reconnects wait with
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,8 +40,10 @@ class _Keeper:
         opened: Callable[[Link], None],
         lost: Callable[[str], None],
         failed: Callable[[BaseException], None],
+        connected: asyncio.Event,
     ) -> None:
-        self._role = role
+        self._connected = connected
+        self.role = role
         self._endpoint = endpoint
         self._pressure = pressure
         self._opened = opened
@@ -63,7 +66,7 @@ class _Keeper:
             except Exception as error:
                 text, _ = describe_error(error)
                 if self.reason != text:
-                    logger.warning("%s %s: %s", self._role, self._endpoint.shown, text)
+                    logger.warning("%s %s: %s", self.role, self._endpoint.shown, text)
                 self.reason = text
                 delay = _SLOW if is_hopeless(error) else None
                 self._failed(error)
@@ -71,14 +74,22 @@ class _Keeper:
             was_up = False
             if delay is None:
                 delay = backoff.compute(min(failures - 1 if failures else 0, _MAX_FAILURES))
-            await asyncio.sleep(delay)
+            await self._pause(delay)
+
+    async def _pause(self, delay: float) -> None:
+        """Wait before the next attempt; shorter when the other connection finds the server back."""
+        self._connected.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._connected.wait()
 
     async def _live_once(self) -> None:
         """One connection, from its opening to its end. Raises what kept it from opening."""
         connection = await self._endpoint.open()
         link = self.link = Link(connection, self._pressure)
+        self._connected.set()
         if self.reason is not None:
-            logger.info("%s %s: connected again", self._role, self._endpoint.shown)
+            logger.info("%s %s: connected again", self.role, self._endpoint.shown)
         self.reason = None
         try:
             self._opened(link)
@@ -87,7 +98,7 @@ class _Keeper:
             self.link = None
             link.close()
             self._lost(self.reason or "closed")
-        logger.warning("%s %s: %s; reconnecting", self._role, self._endpoint.shown, self.reason)
+        logger.warning("%s %s: %s; reconnecting", self.role, self._endpoint.shown, self.reason)
 
 
 class RedisTransport:
@@ -115,12 +126,25 @@ class RedisTransport:
         self._connected = loop.create_future()
         outbox = self._outbox = Outbox(settings, number, self._endpoint.shown)
         outbox.user = self.user
-        inbox = self._inbox = Inbox(sink, prefix, probe, self._on_probe)
+        inbox = self._inbox = Inbox(sink, prefix, probe, self._on_probe, outbox.release)
+        back = asyncio.Event()
         self._subscriber = _Keeper(
-            "subscriber", self._endpoint, sink.pressure, self._on_inbox, inbox.lost, self._on_failure
+            "subscriber",
+            self._endpoint,
+            sink.pressure,
+            self._on_inbox,
+            inbox.lost,
+            self._on_failure,
+            back,
         )
         self._publisher = _Keeper(
-            "publisher", self._endpoint, _never, self._on_outbox, outbox.lost, self._on_failure
+            "publisher",
+            self._endpoint,
+            _never,
+            self._on_outbox,
+            outbox.lost,
+            self._on_failure,
+            back,
         )
         if settings.heartbeat is not None:
             self._liveness = Liveness(
@@ -139,7 +163,8 @@ class RedisTransport:
 
     def _on_outbox(self, link: Link) -> None:
         if self._outbox is not None:
-            self._outbox.opened(link)
+            deaf = self._inbox is None or self._inbox.away()
+            self._outbox.opened(link, hold=deaf)
         self._both()
 
     def _both(self) -> None:
@@ -174,11 +199,11 @@ class RedisTransport:
             self._liveness.on_probe(payload)
 
     async def stop(self) -> None:
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        pending, self._tasks = set(self._tasks), []
+        while pending:  # a cancellation in the middle of a connect can be lost in redis-py
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.1)
         if self._outbox is not None:
             self._outbox.close()
         await self._endpoint.close()
@@ -205,7 +230,9 @@ class RedisTransport:
         if self._subscriber is not None and self._publisher is not None:
             status.receiving = self._subscriber.link is not None
             status.publishing = self._publisher.link is not None
-            status.reason = self._subscriber.reason or self._publisher.reason
+            for keeper in (self._publisher, self._subscriber):
+                if keeper.reason is not None:
+                    status.reason = f"{keeper.role}: {keeper.reason}"
         if self._inbox is not None and self._inbox.last_read is not None:
             loop = asyncio.get_running_loop()
             status.last_received_age = loop.time() - self._inbox.last_read

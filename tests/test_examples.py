@@ -1,0 +1,108 @@
+"""Every program that users read is run: the examples, and the Python on every page."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from eventbus.server import Server, main
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^( *)```python.*?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+# The blocks of a page are one program, in one namespace and one loop; `await` may stand alone.
+RUNNER = """
+import ast, asyncio, inspect, json, sys
+names = {"__name__": "page"}
+with asyncio.Runner() as runner:
+    for where, source in json.load(sys.stdin):
+        code = compile(source, where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if code.co_flags & inspect.CO_COROUTINE:
+            runner.run(eval(code, names))
+        else:
+            exec(code, names)
+"""
+
+
+def run(*words: str, given: str = "", **environment: str) -> str:
+    """What a Python program prints, when it ends well and says nothing on stderr."""
+    known = {key: value for key, value in os.environ.items() if key != "EVENTBUS_URL"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *words],
+        input=given,
+        env=known | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def promised(example: Path) -> str:
+    """What an example says that it prints, at the end of its docstring."""
+    text = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8"))) or ""
+    return textwrap.dedent(text.partition("It prints:\n\n")[2])
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The Python on a page, with where it stands. Snippets are examples, which are run as such."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (f"{page.name}:{text.count(chr(10), 0, match.start()) + 2}", textwrap.dedent(match[2]))
+        for match in BLOCK.finditer(text)
+        if "--8<--" not in match[2]
+    ]
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_in_memory(example: Path) -> None:
+    """An example prints what it says, with nothing configured (two handlers may swap lines)."""
+    assert sorted(run(str(example)).splitlines()) == sorted(promised(example).splitlines())
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_on_a_server(example: Path, valkey: Server) -> None:
+    """An example prints the same on a real server, which EVENTBUS_URL names."""
+    shown = run(str(example), EVENTBUS_URL=valkey.url)
+    assert sorted(shown.splitlines()) == sorted(promised(example).splitlines())
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_page(page: Path, valkey: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python on a page runs from its first block to its last, on a real server."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # for pages that use embedded://
+    found = blocks(page)
+    try:
+        run("-c", RUNNER, given=json.dumps(found), EVENTBUS_URL=valkey.url)
+    finally:
+        main(["stop"])
+
+
+def test_no_block_is_overlooked() -> None:
+    """Every fence that opens a Python block is found, also inside lists and admonitions."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```python") == len(list(BLOCK.finditer(text))), page.name
+
+
+def test_readme_begins_with_the_two_commands() -> None:
+    """The README opens with `make demo` and `make test`, and the uv forms beside them."""
+    opening = (ROOT / "README.md").read_text(encoding="utf-8")[:700]
+    for command in ("make demo", "make test", "uv run python -m eventbus.demo", "uv run pytest"):
+        assert command in opening
