@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -19,7 +18,7 @@ import anyio
 
 from eventbus._errors import BusClosed, EventBusError, InvalidHandler
 from eventbus._events import Event
-from eventbus._handlers import is_async, stream_body
+from eventbus._handlers import is_async, names_of_caller, stream_body
 from eventbus._lanes import Options, Overflow
 from eventbus._messages import Buffer, Health, Message, Receipt, Stats
 from eventbus._patterns import escape
@@ -42,8 +41,9 @@ class EventBus(Declarations):
     """An event bus on Redis Pub/Sub.
 
     `url` says where events travel: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``,
-    ``memory://``, ``embedded://``, or an existing ``redis.asyncio.Redis``; default the environment's
-    EVENTBUS_URL, else ``redis://localhost:6379``. All times are seconds, all sizes bytes.
+    ``memory://``, ``embedded://``, or an existing ``redis.asyncio.Redis``; default the
+    environment's EVENTBUS_URL, else ``redis://localhost:6379``. All times are seconds, all sizes
+    bytes.
 
     name: begins the `source` of what this bus publishes.
     namespace: goes before every name on the wire; database numbers do not isolate Pub/Sub.
@@ -283,8 +283,7 @@ class EventBus(Declarations):
         run = self._here()
         options = Options(concurrency, order_by, max_queue, overflow, timeout, echo, wire)
         parsed = patterns_of(patterns)
-        frame = sys._getframe(1)
-        plan = self._plan(handler, parsed, options, local_names=lambda: frame.f_locals)
+        plan = self._plan(handler, parsed, options, local_names=names_of_caller())
         lane = run.receiver.listen(plan.name, options, plan.body, plan)
         await run.add(lane, parsed)
         return Route(run, lane)
@@ -321,8 +320,8 @@ class EventBus(Declarations):
     ) -> Messages[Any]:
         """The messages themselves: ``async with bus.subscribe("chat:*", MessageSent) as messages``.
 
-        Strings are patterns; classes are the types wanted (event classes give their template when no
-        pattern is named; dict, bytes or a model take every type). Confirmed when the block is
+        Strings are patterns; classes are the types wanted (event classes give their template when
+        no pattern is named; dict, bytes or a model take every type). Confirmed when the block is
         entered.
         """
         run = self._here()

@@ -25,7 +25,8 @@ Middleware = Callable[[Message[Any], Callable[[Message[Any]], Awaitable[Any]]], 
 
 
 class Dispatcher:
-    """How the handlers of a bus are called. `on_fatal` hears of KeyboardInterrupt and SystemExit."""
+    """How the handlers of a bus are called. `on_fatal` hears of KeyboardInterrupt and
+    SystemExit."""
 
     def __init__(
         self,
@@ -193,8 +194,8 @@ class Dispatcher:
         return None
 
     async def _failed(self, item: Item, event: Any, error: BaseException) -> None:
-        """Count and report the failure of one call. Raises it again when it is not the handler's own:
-        the worker was cancelled, or the process is to end."""
+        """Count and report the failure of one call. Raises it again when it is not the handler's
+        own: the worker was cancelled, or the process is to end."""
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()
             if task is not None and task.cancelling():

@@ -53,8 +53,8 @@ _MAX_REASONS = 10
 
 own_layout = _OWN.match
 """Recognise our own layout, without headers: source, type and number as groups, the data from the
-end of the match to the last byte but one. A type that is not `is_plain`, and everything that does not
-match, goes through `peek`."""
+end of the match to the last byte but one. A type that is not `is_plain`, and everything that does
+not match, goes through `peek`."""
 
 
 def is_plain(text: bytes) -> bool:
@@ -278,8 +278,8 @@ _PLAIN = frozenset(
     " tuple date datetime".split()
 )
 _BENIGN = frozenset(
-    "type schema fields cls config custom_init root_model frozen extra_behavior ref metadata default"
-    " default_factory items_schema keys_schema values_schema variadic_item_index model_name"
+    "type schema fields cls config custom_init root_model frozen extra_behavior ref metadata"
+    " default default_factory items_schema keys_schema values_schema variadic_item_index model_name"
     " post_init strict serialization_exclude expected members sub_type missing computed_fields"
     " required microseconds_precision copy_default fail_fast validate_default".split()
 )

@@ -8,6 +8,7 @@ and what is available. Nothing is inspected per message. Pure.
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -125,8 +126,8 @@ class CallPlan:
     """How to call one handler."""
 
     __slots__ = (
-        "_captures", "_only", "_slots", "_wants_dict",
-        "body", "bus_name", "fn", "name", "needs_message", "required", "signature", "takes_event_first", "threaded",
+        "_captures", "_only", "_slots", "_wants_dict", "body", "bus_name", "fn", "name",
+        "needs_message", "required", "signature", "takes_event_first", "threaded",
     )  # fmt: skip
 
     def __init__(
@@ -223,6 +224,13 @@ def is_async(fn: Callable[..., Any]) -> bool:
     )
 
 
+def names_of_caller() -> Callable[[], Mapping[str, Any]]:
+    """The local names of the function that called the caller: where a handler is declared inside a
+    function, its annotations may be classes of that function."""
+    frame = sys._getframe(2)  # noqa: SLF001  # there is no public way to a caller's frame
+    return lambda: frame.f_locals
+
+
 def signature_of(
     fn: Callable[..., Any], local_names: Callable[[], Mapping[str, Any]]
 ) -> inspect.Signature:
@@ -250,14 +258,14 @@ def _refuse(fn: Callable[..., Any], parameter: str | None, problem: str) -> Inva
     )
 
 
-def _kind_of(annotation: Any, bus_type: type) -> str | None:
+def _kind_of(annotation: Any, bus_type: type | None) -> str | None:
     if annotation is Message or get_origin(annotation) is Message:
         return _MESSAGE
     if annotation is dict or get_origin(annotation) is dict:
         return _DICT
     if annotation is bytes:
         return _BYTES
-    if isinstance(annotation, type) and issubclass(annotation, bus_type):
+    if bus_type and isinstance(annotation, type) and issubclass(annotation, bus_type):
         return "EventBus"
     if annotation is not inspect.Parameter.empty and _is_body(annotation):
         return _BODY
@@ -268,7 +276,7 @@ def plan_call(
     fn: Callable[..., Any],
     patterns: Sequence[Pattern],
     *,
-    bus_type: type = type(None),
+    bus_type: type | None = None,
     bare: bool = False,
     local_names: Callable[[], Mapping[str, Any]] = dict,
     signature: inspect.Signature | None = None,
@@ -336,7 +344,8 @@ def _converter(fn: Callable[..., Any], name: str, annotation: Any) -> TypeAdapte
 
 
 def _choose_body(fn: Callable[..., Any], asked: Mapping[str, Any], bare: bool) -> Body:
-    """The one body of a handler: its event parameter, else its Message, else its dict, else bytes."""
+    """The one body of a handler: its event parameter, else its Message, else its dict, else
+    bytes."""
     message = asked.get(_MESSAGE)
     inner = get_args(message)[0] if message is not None and get_args(message) else None
     if isinstance(inner, typing.TypeVar):

@@ -1,9 +1,11 @@
-"""An index of globs by what is literal in them: which may match a name, cover a glob, or be covered.
+"""An index of globs by what is literal in them: which may match a name, cover a glob, or be
+covered.
 
-Theory of operation. A glob has literal bytes at its start, at its end, and in runs between. Whatever
-matches a name, or covers another glob, must find its own start, end and longest inner run (the
-*needle*) in the literal bytes of the other (the *hay*). Few globs pass that, however many there are,
-so the exact and much slower tests (`glob_matches`, `covers`) are made for these few only.
+Theory of operation. A glob has literal bytes at its start, at its end, and in runs between.
+Whatever matches a name, or covers another glob, must find its own start, end and longest inner run
+(the *needle*) in the literal bytes of the other (the *hay*). Few globs pass that, however many
+there are, so the exact and much slower tests (`glob_matches`, `covers`) are made for these few
+only.
 
 Pure: no I/O, no clock. Nothing is known here of routes or of what the server does.
 """
@@ -49,7 +51,9 @@ def name_shape(name: bytes) -> Shape:
 def glob_shape(glob: bytes) -> Shape:
     """The shape of a plain Redis glob."""
     tokens = tokenize(glob)
-    single = (token.bit_length() - 1 if token > 0 and not token & (token - 1) else 0 for token in tokens)
+    single = (
+        token.bit_length() - 1 if token > 0 and not token & (token - 1) else 0 for token in tokens
+    )
     hay = bytes(single)
     start, *runs = hay.split(b"\0")
     end = runs.pop() if runs else start

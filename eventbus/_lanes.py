@@ -87,9 +87,9 @@ class Target:
 
 
 Item = tuple[Target, bytes, int, Reader | None, Frame | None]
-"""What waits in a lane: the target, the payload, where its data begins with the reader for it (0 and
-None when the layout is not our own), and the frame that several lanes share (or None). A plain tuple:
-one is made per message and handler."""
+"""What waits in a lane: the target, the payload, where its data begins with the reader for it (0
+and None when the layout is not our own), and the frame that several lanes share (or None). A plain
+tuple: one is made per message and handler."""
 
 
 class _Queue(Protocol):
@@ -192,6 +192,10 @@ class _Latest:
         self._items[channel] = item
         return replaced
 
+    def replaces(self, item: Item) -> bool:
+        """Whether this item would take the place of another."""
+        return item[0].channel in self._items
+
     def popleft(self) -> Item:
         for channel in self._items:
             if channel not in self._busy:
@@ -217,16 +221,16 @@ def _queue_for(options: Options) -> _Queue:
 
 
 class Pool:
-    """All lanes of a bus, which share one bound on the bytes that wait. `busy` are the lanes in which
-    something may wait."""
+    """All lanes of a bus, which share one bound on the bytes that wait. `busy` are the lanes in
+    which something may wait."""
 
     def __init__(self, max_bytes: int) -> None:
         self.busy: set[Lane] = set()
         self._max_bytes = max_bytes
 
     def pressure(self) -> bool:
-        """Called once per read. While the bound is passed, the lane with most bytes drops by its own
-        policy. Returns whether a lane is more than half full."""
+        """Called once per read. While the bound is passed, the lane with most bytes drops by its
+        own policy. Returns whether a lane is more than half full."""
         if not self.busy:
             return False
         total = sum(lane.bytes for lane in self.busy)
@@ -241,7 +245,8 @@ class Pool:
 
 class Lane:
     """The queue of one route, and how its handler is called (`plan` is None for a stream, which is
-    read by its user). `serve` is the work of one worker; `on_drop` hears of each message dropped."""
+    read by its user). `serve` is the work of one worker; `on_drop` hears of each message dropped.
+    """
 
     def __init__(
         self,
@@ -326,7 +331,7 @@ class Lane:
         if self.options.overflow == "drop_newest":
             self._lose(item)
             return True
-        if not (isinstance(self.queue, _Latest) and item[0].channel in self.queue._items):
+        if not (isinstance(self.queue, _Latest) and self.queue.replaces(item)):
             self.drop()
         return False
 

@@ -18,7 +18,8 @@ Header = str | int | bool
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 CORE_ATTRIBUTES = frozenset(
-    "specversion id source type time busseq data data_base64 datacontenttype dataschema subject".split()
+    "specversion id source type time busseq data data_base64 datacontenttype dataschema"
+    " subject".split()
 )
 _HEADER = re.compile(r"[a-z0-9]{1,20}\Z")
 
@@ -100,9 +101,9 @@ State = Literal["starting", "live", "degraded", "down", "closed"]
 class Health:
     """How the bus stands. Truthy only if this process can receive.
 
-    `last_received_age` and `round_trip` are seconds, None when nothing was measured yet. `probe` says
-    how liveness is proved: "ok", "pending", "denied", or "off". `subscriptions` and `denied` are the
-    patterns that the server confirmed and refused.
+    `last_received_age` and `round_trip` are seconds, None when nothing was measured yet. `probe`
+    says how liveness is proved: "ok", "pending", "denied", or "off". `subscriptions` and `denied`
+    are the patterns that the server confirmed and refused.
     """
 
     state: State

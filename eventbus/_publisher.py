@@ -16,7 +16,13 @@ from types import MappingProxyType
 from typing import Any
 
 from eventbus._envelope import DATA, encode_data, write_head, write_headers
-from eventbus._errors import BusUnavailable, InvalidChannel, InvalidEvent, PayloadTooLarge, PublishUncertain
+from eventbus._errors import (
+    BusUnavailable,
+    InvalidChannel,
+    InvalidEvent,
+    PayloadTooLarge,
+    PublishUncertain,
+)
 from eventbus._events import Event, channel_of
 from eventbus._messages import EMPTY, Header, Message, Receipt, check_headers
 from eventbus._patterns import check_channel

@@ -2,8 +2,8 @@
 
 It is the `Sink` of the transport. Per frame: the sequence check, once; then the lanes of the routes
 that want its type. A lane's worker decodes, runs the middleware and calls the handler; what goes
-wrong there hurts that call only. What a channel's frames have in common (routes, captures, arguments)
-is worked out once per channel and kept until the routing changes.
+wrong there hurts that call only. What a channel's frames have in common (routes, captures,
+arguments) is worked out once per channel and kept until the routing changes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _DropKey = tuple[str, str, str | None]
 
 
 class _Choice:
-    """Who gets the messages of one type on one channel, and who skips them. `only`: exactly one gets
-    them and nobody skips them. `odd`: the type is not what its bytes say."""
+    """Who gets the messages of one type on one channel, and who skips them. `only`: exactly one
+    gets them and nobody skips them. `odd`: the type is not what its bytes say."""
 
     __slots__ = ("odd", "only", "skipped", "targets")
 
@@ -55,8 +55,8 @@ class _Choice:
 
 
 class _Channel:
-    """What the frames of one channel, through one subscription, have in common. `first`: this copy of
-    a message is the one that counts."""
+    """What the frames of one channel, through one subscription, have in common. `first`: this copy
+    of a message is the one that counts."""
 
     __slots__ = ("by_type", "first", "key", "name", "targets")
 

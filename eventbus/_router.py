@@ -7,8 +7,8 @@ which none covers another, so that a message crosses the wire once. Each wanted 
 
 Carriers change only at points of the stream where the server itself changed: when a subscription is
 confirmed, or has ended. Between two such points every copy of a message meets the same carriers, so
-nothing is delivered twice or lost while the set changes. A subscription is let go only when all that
-it carries has a live cover; these `heirs` take over when it has ended.
+nothing is delivered twice or lost while the set changes. A subscription is let go only when all
+that it carries has a live cover; these `heirs` take over when it has ended.
 
 Pure: every method changes the state and returns the commands to send; the caller does the I/O.
 """
@@ -256,7 +256,11 @@ class Router(Generic[R]):
     def _shape_of(self, subscription: Subscription) -> Shape:
         shape = self._shapes.get(subscription)
         if shape is None:
-            shape = glob_shape(subscription.name) if subscription.pattern else name_shape(subscription.name)
+            shape = (
+                glob_shape(subscription.name)
+                if subscription.pattern
+                else name_shape(subscription.name)
+            )
             self._shapes[subscription] = shape
         return shape
 

@@ -7,7 +7,6 @@ the handles of `attach` and `subscribe`; they hold no state of their own beside 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -16,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from eventbus._errors import InvalidHandler, InvalidPattern
 from eventbus._events import Event, template_of
-from eventbus._handlers import SKIP, CallPlan, plan_call
+from eventbus._handlers import SKIP, CallPlan, names_of_caller, plan_call
 from eventbus._lanes import TURN, Lane, Options, Overflow
 from eventbus._messages import Gap, Message
 from eventbus._patterns import Pattern
@@ -91,19 +90,19 @@ class Declarations:
     ) -> Callable[[F], F]:
         """Handle what is published on channels that match. Returns the function unchanged.
 
-        `concurrency` calls run at a time (more than one gives up order, unless `order_by="channel"`);
-        at most `max_queue` messages wait, then `overflow` decides: "drop_oldest", "drop_newest", or
-        "latest" (only the newest per channel is kept). `timeout` is seconds for one call.
-        `echo=False` skips what this very bus published. `wire="bare"` reads payloads without an
-        envelope. Raises InvalidPattern or InvalidHandler, saying what to change.
+        `concurrency` calls run at a time (more than one gives up order, unless
+        `order_by="channel"`); at most `max_queue` messages wait, then `overflow` decides:
+        "drop_oldest", "drop_newest", or "latest" (only the newest per channel is kept). `timeout`
+        is seconds for one call. `echo=False` skips what this very bus published. `wire="bare"`
+        reads payloads without an envelope. Raises InvalidPattern or InvalidHandler, saying what to
+        change.
         """
         self._may_declare()
         options = Options(concurrency, order_by, max_queue, overflow, timeout, echo, wire)
         parsed = tuple(patterns_of(patterns, self._prefix))
 
         def decorate(fn: F) -> F:
-            frame = sys._getframe(1)  # classes that are local to the caller
-            plan = self._plan(fn, parsed, options, local_names=lambda: frame.f_locals)
+            plan = self._plan(fn, parsed, options, local_names=names_of_caller())
             self._declared.append(Declaration(fn, patterns, parsed, options, plan))
             return fn
 

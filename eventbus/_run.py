@@ -88,8 +88,8 @@ class Run:
             )
         if asyncio.get_running_loop() is not self.loop:
             raise BusClosed(
-                "the bus belongs to another event loop: from a start to its stop, use it in the loop"
-                " that started it"
+                "the bus belongs to another event loop: from a start to its stop, use it in the"
+                " loop that started it"
             )
 
     # -- Start -----------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ class Run:
             reason = self.transport.status().reason or "no answer"
             raise BusUnavailable(
                 f"{self.transport.describe()} could not be reached within"
-                f" {settings.connect_timeout} s ({reason}). Is Redis running there? Set the URL with"
-                " EventBus(url) or EVENTBUS_URL; a server to try with is EventBus('embedded://'),"
+                f" {settings.connect_timeout} s ({reason}). Is Redis running there? Set the URL"
+                " with EventBus(url) or EVENTBUS_URL; a server to try with is EventBus('embedded://'),"
                 " from eventbus-redis[server]",
                 waited=settings.connect_timeout,
             ) from None
@@ -172,8 +172,8 @@ class Run:
             raise
 
     async def discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
-        """Take patterns from a lane, at a point of the stream: its other patterns may answer for the
-        same channels, and each message must meet one state only."""
+        """Take patterns from a lane, at a point of the stream: its other patterns may answer for
+        the same channels, and each message must meet one state only."""
         reached = self.loop.create_future()
 
         def switch() -> None:

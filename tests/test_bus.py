@@ -2659,7 +2659,7 @@ async def test_health_while_down() -> None:
                 assert "down" in repr(bus)
                 server.start()
                 await gaps.reach(1)
-                assert bus.health().state == "live"
+                await until(lambda: bus.health().state == "live")
                 assert bus.stats().reconnects == 1
                 assert (await bus.publish("x", Count())).receivers == 1
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from eventbus import (
     Buffer,
@@ -96,7 +97,9 @@ def listener(url: str, **settings: Any) -> tuple[EventBus, Seen[int], Seen[Gap]]
     return bus, seen, gaps
 
 
-async def publish_until(bus: EventBus, done: Callable[[], bool], seconds: float = 15.0) -> list[str]:
+async def publish_until(
+    bus: EventBus, done: Callable[[], bool], seconds: float = 15.0
+) -> list[str]:
     """Publish one note after another until `done`; returns the names of the outcomes."""
     outcomes = []
     async with asyncio.timeout(seconds):
@@ -105,7 +108,7 @@ async def publish_until(bus: EventBus, done: Callable[[], bool], seconds: float 
                 await bus.publish(Note(to="a", n=len(outcomes)))
             except (BusUnavailable, PublishUncertain) as error:
                 outcomes.append(type(error).__name__)
-                await asyncio.sleep(0)
+                await checkpoint()
             else:
                 outcomes.append("ok")
     return outcomes
@@ -115,7 +118,8 @@ async def publish_until(bus: EventBus, done: Callable[[], bool], seconds: float 
 
 
 async def test_a_killed_server_is_noticed_reported_and_survived(server: Server) -> None:
-    """After kill -9 and a restart every on_gap handler hears of it once, and messages flow again."""
+    """After kill -9 and a restart every on_gap handler hears of it once, and messages flow
+    again."""
     bus, seen, gaps = listener(server.url)
     async with bus:
         await bus.publish(Note(to="a", n=1))
@@ -132,7 +136,8 @@ async def test_a_killed_server_is_noticed_reported_and_survived(server: Server) 
 
 
 async def test_every_gap_handler_hears_of_a_reconnect(server: Server) -> None:
-    """A handler for channels that nobody used hears of a reconnect as well, since it may concern it."""
+    """A handler for channels that nobody used hears of a reconnect as well, since it may concern
+    it."""
     bus, _, gaps = listener(server.url)
     other: Seen[Gap] = Seen()
 
@@ -151,7 +156,8 @@ async def test_every_gap_handler_hears_of_a_reconnect(server: Server) -> None:
 
 
 async def test_losses_of_an_outage_are_counted_by_sequence(server: Server) -> None:
-    """What a publisher sent while the subscriber was away is reported as missed, with the number."""
+    """What a publisher sent while the subscriber was away is reported as missed, with the
+    number."""
     bus, seen, gaps = listener(server.url)
     async with bus, EventBus(server.url) as other:
         await other.publish(Note(to="a", n=0))
@@ -242,7 +248,9 @@ async def test_a_frozen_server_is_noticed(server: Server, log: Lines, busy: bool
         assert len(numbers) == len(set(numbers)) or not busy
 
 
-async def test_without_a_heartbeat_a_frozen_server_is_not_noticed(server: Server, log: Lines) -> None:
+async def test_without_a_heartbeat_a_frozen_server_is_not_noticed(
+    server: Server, log: Lines
+) -> None:
     """The negative control: with heartbeat=None nothing is said while the server is frozen."""
     bus, _, _ = listener(server.url)
     deaf = EventBus(server.url, heartbeat=None)
@@ -282,6 +290,7 @@ async def acl(server: Server, *rules: str) -> None:
 
 
 def app_url(server: Server, password: str = "secret") -> str:
+    """The URL of the user `app`."""
     return server.url.replace("unix://", f"unix://app:{password}@")
 
 
@@ -337,6 +346,7 @@ async def test_one_denied_pattern_hurts_only_itself(server: Server) -> None:
 
 
 async def publish_secret(admin: EventBus, late: Seen[Any]) -> None:
+    """Publish on the denied channel until it arrives."""
     async with asyncio.timeout(10):
         while not late:
             await admin.publish("secret:1", Note(to="1", n=3))
@@ -401,8 +411,8 @@ async def beat(bus: EventBus) -> None:
 
 @pytest.mark.parametrize("password", ["wrong", ""])
 async def test_wrong_credentials_fail_at_once(server: Server, password: str) -> None:
-    """A wrong or missing password raises PermissionDenied at start, long before connect_timeout, and
-    the password is in no text."""
+    """A wrong or missing password raises PermissionDenied at start, long before connect_timeout,
+    and the password is in no text."""
     await acl(server, "+@all", "allchannels")
     async with EventBus(server.url) as admin:
         await admin.redis().execute_command("CONFIG", "SET", "requirepass", "s3cret")
@@ -428,7 +438,8 @@ async def down(bus: EventBus, server: Server, log: Lines) -> None:
 async def test_by_default_a_publish_during_an_outage_fails_for_certain(
     server: Server, log: Lines
 ) -> None:
-    """outage="fail": BusUnavailable within the deadline, counted as refused, and never sent later."""
+    """outage="fail": BusUnavailable within the deadline, counted as refused, and never sent
+    later."""
     bus, seen, gaps = listener(server.url, publish_timeout=0.3)
     async with bus:
         await down(bus, server, log)
@@ -512,8 +523,8 @@ async def test_an_old_buffered_event_expires(server: Server, log: Lines) -> None
 
 
 async def test_a_slow_handler_hurts_only_itself(server: Server) -> None:
-    """Ten times what its queue takes: the slow handler's drops are counted and reported exactly, and
-    another handler gets everything."""
+    """Ten times what its queue takes: the slow handler's drops are counted and reported exactly,
+    and another handler gets everything."""
     bus, seen, gaps = listener(server.url)
     free = asyncio.Event()
 
@@ -528,7 +539,7 @@ async def test_a_slow_handler_hurts_only_itself(server: Server) -> None:
         stats = bus.stats().handlers["slow"]
         free.set()
         while bus.stats().handlers["slow"].depth:
-            await asyncio.sleep(0)
+            await checkpoint()
 
         assert list(seen) == list(range(500))
         assert stats.dropped == 449
@@ -546,7 +557,7 @@ async def test_a_publish_that_is_cancelled_before_the_write_is_not_sent(server: 
     bus, seen, _ = listener(server.url)
     async with bus:
         task = asyncio.create_task(bus.publish(Note(to="a", n=1)))
-        await asyncio.sleep(0)
+        await checkpoint()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -570,7 +581,7 @@ async def test_a_cancelled_start_leaves_nothing_behind(server: Server) -> None:
     for steps in range(40):
         starting = asyncio.create_task(bus.start())
         for _ in range(steps):
-            await asyncio.sleep(0)
+            await checkpoint()
         starting.cancel()
         try:
             await starting
@@ -587,7 +598,8 @@ async def test_a_cancelled_start_leaves_nothing_behind(server: Server) -> None:
 
 @pytest.mark.parametrize("how", ["task", "scope"])
 async def test_a_cancelled_stop_still_closes_everything(server: Server, how: str) -> None:
-    """A stop that is cancelled while a handler hangs cancels the handler, closes all, and raises."""
+    """A stop that is cancelled while a handler hangs cancels the handler, closes all, and
+    raises."""
     bus = EventBus(server.url)
     entered = asyncio.Event()
 
@@ -603,7 +615,7 @@ async def test_a_cancelled_stop_still_closes_everything(server: Server, how: str
     if how == "task":
         stopping = asyncio.create_task(bus.stop())
         for _ in range(5):
-            await asyncio.sleep(0)
+            await checkpoint()
         stopping.cancel()
         with pytest.raises(asyncio.CancelledError):
             await soon(stopping)

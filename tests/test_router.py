@@ -140,7 +140,8 @@ steps = st.integers(1, 6)
 
 
 class Model:
-    """Users, the world, and what each route must get; the receiver and transport around a router."""
+    """Users, the world, and what each route must get; the receiver and transport around a
+    router."""
 
     def __init__(self) -> None:
         self.router: Router[int] = Router()
@@ -476,4 +477,12 @@ def walk(seed: int, length: int) -> Model:
 
 def test_every_message_reaches_every_route_once_and_in_order() -> None:
     """Whatever comes and goes between any two bytes, no route misses or repeats a message."""
-    run_state_machine_as_test(Plan, settings=settings(max_examples=int(__import__("os").environ.get("N","300")), stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)))
+    run_state_machine_as_test(
+        Plan,
+        settings=settings(
+            max_examples=int(__import__("os").environ.get("N", "300")),
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -13,7 +13,12 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.connection import (
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
@@ -166,7 +171,9 @@ def _sentinel_endpoint(url: str, options: Mapping[str, Any]) -> Endpoint:
         host, port = re.fullmatch(r"(\[[^]]+\]|[^:]+)(?::(\d+))?", address).groups()  # type: ignore[union-attr]
         addresses.append((host.strip("[]"), int(port or 26379)))
     if not master:
-        raise EventBusError("a redis+sentinel:// URL ends with the name of the master: .../mymaster")
+        raise EventBusError(
+            "a redis+sentinel:// URL ends with the name of the master: .../mymaster"
+        )
     found: dict[str, Any] = {k: v[0] for k, v in parse_qs(parts.query).items()}
     user, _, password = login.partition(":")
     if user:
@@ -213,7 +220,8 @@ def endpoint_of_client(client: Any, options: Mapping[str, Any]) -> Endpoint:
 
 
 def is_hopeless(error: BaseException) -> bool:
-    """Whether trying again soon is useless: wrong credentials, or a certificate that is not good."""
+    """Whether trying again soon is useless: wrong credentials, or a certificate that is not
+    good."""
     return any(_is_refusal(e) or isinstance(e, ssl.SSLError) for e in _chain(error))
 
 

@@ -1,7 +1,7 @@
 """The subscriber connection: what was asked, in order, and what the server says.
 
-One name per command and one row of what is outstanding, since an error names no channel. Answers and
-messages are handed to the sink in the order of the stream.
+One name per command and one row of what is outstanding, since an error names no channel. Answers
+and messages are handed to the sink in the order of the stream.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ _SMALL_BITE = 4 * 1024
 
 
 class Link(asyncio.BufferedProtocol):
-    """A live connection. `on_replies` gets the parsed replies of each read, in order; `ended` resolves with the
-    reason when the connection is over."""
+    """A live connection. `on_replies` gets the parsed replies of each read, in order; `ended`
+    resolves with the reason when the connection is over."""
 
     def __init__(self, connection: Any, pressure: Callable[[], bool] = lambda: False) -> None:
         loop = asyncio.get_running_loop()
@@ -100,8 +100,8 @@ class Link(asyncio.BufferedProtocol):
 
 
 def adopt(connection: Any, link: Link) -> asyncio.Transport:
-    """Take the socket of a connected redis-py connection over. Tested with the oldest and the newest
-    supported version; nothing else may touch these two private attributes."""
+    """Take the socket of a connected redis-py connection over. Tested with the oldest and the
+    newest supported version; nothing else may touch these two private attributes."""
     reader, writer = connection._reader, connection._writer
     transport: asyncio.Transport = writer.transport
     transport.set_write_buffer_limits(high=0)

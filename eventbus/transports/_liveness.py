@@ -2,8 +2,8 @@
 
 Every heartbeat: a PING on the subscriber, and a probe. The probe is a fence: a message to the bus's
 own channel is published; when Redis has acknowledged it, it lies in the subscriber's stream, so the
-PONG to a PING sent then must come after it. A PONG without the probe before it proves that publisher
-and subscriber are connected to different nodes.
+PONG to a PING sent then must come after it. A PONG without the probe before it proves that
+publisher and subscriber are connected to different nodes.
 
 A connection is dead when a whole heartbeat brought no byte after a PING, and one more read of the
 socket brings none either (a blocked loop must not pass for a dead server).
@@ -119,4 +119,3 @@ class Liveness:
     def _on_role(self, reply: Any) -> None:
         if type(reply) is list and reply and reply[0] != b"master":
             self._outbox.fail("this node is a replica now")
-

@@ -1,8 +1,9 @@
 """The publisher connection: what waits to be written, and what waits for its answer.
 
 Calls queue messages; one write per turn of the loop takes at most 64 KiB of them, so that the rest
-can still be withdrawn. Answers come in order. What was written is never written again. While Redis is
-away the outage policy decides: wait up to the deadline and fail, drop, or keep a bounded backlog.
+can still be withdrawn. Answers come in order. What was written is never written again. While Redis
+is away the outage policy decides: wait up to the deadline and fail, drop, or keep a bounded
+backlog.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
-
-import hiredis
 
 from eventbus._errors import BusUnavailable, EventBusError, PermissionDenied, PublishUncertain
 from eventbus._messages import Buffer
@@ -146,8 +145,7 @@ class Outbox:
             )
             size += length
             outgoing.written = True
-            if outgoing.deadline < grace:
-                outgoing.deadline = grace
+            outgoing.deadline = max(outgoing.deadline, grace)
             written.append(outgoing)
         if parts:
             link.write(b"".join(parts))
@@ -177,13 +175,13 @@ class Outbox:
         if text.startswith("NOPERM"):
             user = self.user or "default"
             return PermissionDenied(
-                f"Redis denies user {user!r} to publish on {ascii(channel)}: {text[:200]}. It needs"
-                f" +publish and a channel rule, e.g. ACL SETUSER {user} +publish &{ascii(channel)}",
+                f"Redis denies user {user!r} to publish on {channel!a}: {text[:200]}. It needs"
+                f" +publish and a channel rule, e.g. ACL SETUSER {user} +publish &{channel!a}",
                 channel=channel,
                 user=user,
             )
         return BusUnavailable(
-            f"Redis refused to publish on {ascii(channel)}: {text[:200]}; certainly not sent",
+            f"Redis refused to publish on {channel!a}: {text[:200]}; certainly not sent",
             channel=channel,
             id=outgoing.id,
             waited=self._loop.time() - outgoing.born,
@@ -197,8 +195,8 @@ class Outbox:
         return None if self._link is None else self._link.last_read
 
     def opened(self, link: Link, *, hold: bool) -> None:
-        """A connection is there: the backlog goes first. With `hold` it waits a little for `release`,
-        so that this bus hears what it kept."""
+        """A connection is there: the backlog goes first. With `hold` it waits a little for
+        `release`, so that this bus hears what it kept."""
         self._link = link
         self._held = hold and bool(self._backlog)
         if self._held:

@@ -7,8 +7,8 @@ Publisher and subscriber are kept apart, as Redis wants it. Reconnects wait with
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from redis.backoff import FullJitterBackoff
@@ -25,7 +25,8 @@ from eventbus.transports._outbox import Outbox
 from eventbus.transports.base import PROBE_PREFIX, Outgoing, Sink, Status
 
 _SLOW = 30.0
-"""Seconds between attempts with credentials that were refused, and between those for denied patterns."""
+"""Seconds between attempts with credentials that were refused, and between those for denied
+patterns."""
 _MAX_FAILURES = 10
 
 
@@ -118,8 +119,8 @@ class RedisTransport:
     async def start(
         self, sink: Sink, settings: Settings, bus_id: str, number: Callable[[bytes], int]
     ) -> None:
-        """See `Transport.start`. Raises PermissionDenied for wrong credentials, BusUnavailable for a
-        certificate that is not good; otherwise tries until it is cancelled."""
+        """See `Transport.start`. Raises PermissionDenied for wrong credentials, BusUnavailable for
+        a certificate that is not good; otherwise tries until it is cancelled."""
         loop = asyncio.get_running_loop()
         prefix = settings.prefix.encode()
         probe = prefix + PROBE_PREFIX + bus_id.encode()
