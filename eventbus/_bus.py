@@ -114,7 +114,7 @@ class EventBus(Declarations):
         The nearest class in the error's MRO wins. For errors of handlers, TimeoutError of their
         `timeout`, InvalidEvent, and what `publish_nowait` could not send.
         """
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        if not _is_exception_class(kind):
             raise InvalidHandler("exception_handler takes an exception class")
 
         def decorate(fn: X) -> X:
@@ -385,3 +385,7 @@ class EventBus(Declarations):
 
     def __repr__(self) -> str:
         return f"<EventBus {self._settings.name} {self.health().state} at {self._describe}>"
+
+
+def _is_exception_class(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseException)

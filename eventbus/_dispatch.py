@@ -92,7 +92,7 @@ class Dispatcher:
         frame = shared if shared is not None else Frame(target.channel, payload)
         lane = target.lane
         try:
-            event = lane.body.decode(frame) if target.static is not None else SKIP
+            event = lane.body.decode(frame) if target.converts else SKIP
             if event is not SKIP and lane.plan is not None:
                 lane.plan.check(frame)
         except InvalidEvent as error:
@@ -155,7 +155,7 @@ class Dispatcher:
     ) -> Any:
         plan: CallPlan = target.lane.plan  # type: ignore[assignment]  # a stream calls nothing
         timeout = target.lane.options.timeout
-        call = partial(plan.call, event, frame, target.static or {}, message)
+        call = partial(plan.call, event, frame, target.static, message)
         if plan.threaded:
             return await self._call_thread(target, frame, event, call, timeout)
         if timeout is None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import orjson
 from pydantic import (
@@ -222,7 +222,9 @@ def _wrap(key: object) -> Callable[[bytes], Any]:
     """Reads `data` out of an envelope of any layout."""
     if key is dict:
         return _dict_inside
-    validate = create_model("_Data", data=(key, ...)).__pydantic_validator__.validate_json
+    validate = create_model(
+        "_Data", data=(cast("Any", key), ...)
+    ).__pydantic_validator__.validate_json
 
     def read(payload: bytes) -> Any:
         return validate(payload).data

@@ -167,11 +167,9 @@ class CallPlan:
             and set(self._only) <= set(slots)
         )
 
-    def static(self, captures: Mapping[str, str], bus: object) -> dict[str, Any]:
-        """The arguments that are the same for every message of one channel.
-
-        Raises ValueError when a capture does not convert.
-        """
+    def static(self, captures: Mapping[str, str], bus: object) -> dict[str, Any] | None:
+        """The arguments that are the same for every message of one channel; None when a capture does
+        not convert."""
         found: dict[str, Any] = {}
         for name, adapter in self._captures.items():
             if name in captures:
@@ -179,7 +177,7 @@ class CallPlan:
                 try:
                     found[name] = adapter.validate_strings(text) if adapter else text
                 except ValidationError:
-                    raise ValueError(name) from None
+                    return None
         if self.bus_name is not None:
             found[self.bus_name] = bus
         return found

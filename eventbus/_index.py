@@ -96,9 +96,8 @@ class Index(Generic[K]):
         del self._starts[bisect.bisect_left(self._starts, (start, key))]
         del self._ends[bisect.bisect_left(self._ends, (end[::-1], key))]
 
-    def above(self, shape: Shape) -> Iterator[K]:
-        """All that may match this name, or cover this glob."""
-        _, start, end, _, hay = shape
+    def above(self, start: bytes, end: bytes, hay: bytes) -> Iterator[K]:
+        """All that may match a name (which is all three of these), or cover a glob with these."""
         if hay in self._names:
             yield self._names[hay]
         for (before, after), table in self._globs.items():

@@ -11,7 +11,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from anyio import CapacityLimiter
 
@@ -60,11 +60,11 @@ class Options:
 class Target:
     """Where the frames of one channel go: a lane, and all that is the same for each of them.
 
-    `static` are arguments of the handler; None when a capture did not convert: such frames are
-    skipped.
+    `static` are arguments of the handler. When a capture did not convert (None is given), nothing of
+    this channel is for the lane: such frames are skipped.
     """
 
-    __slots__ = ("captures", "channel", "lane", "pattern", "static")
+    __slots__ = ("captures", "channel", "converts", "lane", "pattern", "static")
 
     def __init__(
         self,
@@ -78,12 +78,13 @@ class Target:
         self.channel = channel
         self.pattern = pattern
         self.captures = captures
-        self.static = static
+        self.converts = static is not None
+        self.static = static or {}
 
     def wants(self, type: bytes) -> bool:
         """Whether a message of this wire type is for the lane."""
         types = self.lane.body.types
-        return self.static is not None and (types is None or type in types)
+        return self.converts and (types is None or type in types)
 
 
 Item = tuple[Target, bytes, int, Reader | None, Frame | None]
@@ -92,28 +93,18 @@ and None when the layout is not our own), and the frame that several lanes share
 tuple: one is made per message and handler."""
 
 
-class _Queue(Protocol):
-    def __len__(self) -> int: ...
-    def append(self, item: Item) -> Item | None: ...
-    def popleft(self) -> Item:
-        """The next item to work on. Raises IndexError when there is none."""
-        ...
-
-    @property
-    def done(self) -> Callable[[Item], None] | None:
-        """What wants to know when an item was worked on, if anything does."""
-        ...
-
-    def drop(self) -> Item:
-        """The item to drop. Raises IndexError when there is none."""
-        ...
+# A queue has `append` (which may return an item that the new one replaced), `popleft` (the next item to
+# work on) and `drop` (the item to give up), both IndexError when there is none; `done` is told when an
+# item was worked on, if anything depends on it.
 
 
 class _Plain(deque[Item]):
     """In order of arrival."""
 
-    done = None
-    drop = deque.popleft
+    done: None = None
+
+    def drop(self) -> Item:
+        return self.popleft()
 
 
 class _PerChannel:
@@ -212,7 +203,7 @@ class _Latest:
         return self._items.popitem(last=False)[1]
 
 
-def _queue_for(options: Options) -> _Queue:
+def _queue_for(options: Options) -> _Plain | _PerChannel | _Latest:
     if options.overflow == "latest":
         return _Latest()
     if options.order_by == "channel" and options.concurrency > 1:
@@ -310,7 +301,7 @@ class Lane:
     def put_all(self, items: list[Item]) -> None:
         """Queue several items, in order."""
         queue = self.queue
-        if type(queue) is not _Plain or len(queue) + len(items) > self._max or not items:
+        if not isinstance(queue, _Plain) or len(queue) + len(items) > self._max or not items:
             for item in items:
                 self.put(item)
             return

@@ -324,10 +324,7 @@ def _parse(text: str) -> tuple[tuple[int, ...], bytes, tuple[str, ...]]:
 
 @lru_cache(maxsize=16384)
 def _normal(tokens: tuple[int, ...]) -> tuple[int, ...]:
-    """The same language with one spelling: captures as stars, and in each run the star last.
-
-    A name is never empty, so a lone star is one byte and a star.
-    """
+    """The same language with one spelling: captures as stars, and in each run the star last."""
     row: list[int] = []
     star = False
     for token in tokens:
@@ -340,7 +337,7 @@ def _normal(tokens: tuple[int, ...]) -> tuple[int, ...]:
             row.append(token)
     if star:
         row.append(STAR)
-    return (ANY, STAR) if row == [STAR] else tuple(row)
+    return tuple(row)
 
 
 def _least(states: Iterable[int]) -> frozenset[int]:
@@ -359,7 +356,7 @@ def covers(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     there is one for each way to read `b`. Only the least count: larger ones accept what they do.
     """
     a, b = _normal(a), _normal(b)
-    head = () if a == (ANY, STAR) else a[:-1]
+    head = () if a == (ANY, STAR) else a[:-1]  # a channel is never empty: `?*` is `*`
     if 0 in b or (a[-1:] == (STAR,) and STAR not in head and head == b[: len(head)]):
         return True  # a set without bytes matches nothing; `x*` is nearly every cover
     where: dict[int, int] = {}  # each distinct set of `a`, and its places

@@ -98,7 +98,8 @@ class Publisher:
         return outgoing
 
     async def _sent(self, outgoing: Outgoing) -> int | None:
-        future = outgoing.future = self._loop.create_future()
+        future: asyncio.Future[int | None] = self._loop.create_future()
+        outgoing.future = future
         self._hand_over(outgoing)
         try:
             return await future
@@ -266,7 +267,7 @@ class Publisher:
             await asyncio.wait(self._tasks)
 
 
-def _arguments(channel: str | Event, event: Event | None) -> tuple[str, Event]:
+def _arguments(channel: object, event: object) -> tuple[str, Event]:
     """The channel and the event of a publish call. Raises InvalidEvent or InvalidChannel."""
     if isinstance(channel, Event) and event is None:
         return channel_of(channel), channel

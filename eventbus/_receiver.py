@@ -253,11 +253,14 @@ class Receiver:
             channel, payload = row[-2], row[-1]
             known = self._known.get(channel) or self._learn(subscription, channel)
             found = recognise(payload)
-            choice = None
-            if found is not None and len(payload) <= limit:
-                source, type, number = found.groups()
-                choice = known.by_type.get(type) or known.choose(type)
-            if choice is None or choice.odd:
+            if found is None or len(payload) > limit:
+                self._put(lane, waiting)
+                lane = None
+                self._unusual(known, payload)
+                continue
+            source, type, number = found.groups()
+            choice = known.by_type.get(type) or known.choose(type)
+            if choice.odd:
                 self._put(lane, waiting)
                 lane = None
                 self._unusual(known, payload)
@@ -276,7 +279,7 @@ class Receiver:
             if target.lane is not lane:
                 self._put(lane, waiting)
                 lane = target.lane
-            if lane.echo or source != mine:
+            if target.lane.echo or source != mine:
                 waiting.append((target, payload, found.end(), reader, None))
         self._put(lane, waiting)
 
@@ -340,10 +343,9 @@ class Receiver:
         name = decode_name(channel)
         targets: list[Target] = []
         for lane, pattern, captures in matches:
-            try:
-                static = lane.plan.static(captures, self._bus) if lane.plan else {}
-            except ValueError:
-                static = None
+            static: dict[str, Any] | None = {}
+            if lane.plan is not None:
+                static = lane.plan.static(captures, self._bus)
             shown = MappingProxyType(captures) if captures else EMPTY
             targets.append(Target(lane, name, pattern.text, shown, static))
         if channel.startswith(PROBE_PREFIX):

@@ -222,7 +222,7 @@ class Router(Generic[R]):
         whether this copy is the one that counts (the first of several on the wire)."""
         hidden = channel.startswith(b"__")
         best: dict[R, tuple[int, Subscription, Match[R]]] = {}
-        for subscription in self._wanted.above(name_shape(channel)):
+        for subscription in self._wanted.above(channel, channel, channel):
             through = self._carrier.get(subscription)
             if through is None:
                 continue
@@ -241,10 +241,10 @@ class Router(Generic[R]):
     def _first_copy(self, channel: bytes) -> Subscription | None:
         """Of the live subscriptions that match a channel, the one confirmed first."""
         first = None
-        for subscription in self._confirmed.above(name_shape(channel)):
-            if first is None or self.live[subscription] < self.live[first]:
-                if self._shapes[subscription].matches(channel):
-                    first = subscription
+        for subscription in self._confirmed.above(channel, channel, channel):
+            is_older = first is None or self.live[subscription] < self.live[first]
+            if is_older and self._shapes[subscription].matches(channel):
+                first = subscription
         return first
 
     def hears(self, channel: bytes) -> bool:
@@ -272,7 +272,7 @@ class Router(Generic[R]):
     def _covering(self, subscription: Subscription) -> Subscription | None:
         """The target that covers a subscription which is none itself, if one does."""
         shape = self._shape_of(subscription)
-        for target in self._target_index.above(shape):
+        for target in self._target_index.above(shape.start, shape.end, shape.hay):
             if self._shapes[target].covers(shape):
                 return target
         return None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import (
@@ -20,7 +20,13 @@ from redis.asyncio.connection import (
     parse_url,
 )
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import (
+    MasterNotFoundError,
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -30,13 +36,24 @@ from redis.exceptions import (
     ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from eventbus._errors import EventBusError
-from eventbus.server import embedded
+from eventbus._reports import logger
 
-_NOT_OURS = (
+_NOT_A_CLIENTS = (
     "connection_class",
     "connection_pool",
+    "event_dispatcher",
+    "himport_registry",
+    "maint_notifications_pool_handler",
+    "oss_cluster_maint_notifications_handler",
+    "sentinel_kwargs",
+    "timeout",
+)
+"""What belongs to one pool: a second pool must not be given it."""
+_NOT_OURS = (
+    *_NOT_A_CLIENTS,
     "decode_responses",
     "health_check_interval",
     "maint_notifications_config",
@@ -47,17 +64,20 @@ _NOT_OURS = (
     "retry",
     "retry_on_error",
     "retry_on_timeout",
-    "sentinel_kwargs",
-    "timeout",
 )
 """Options of a client or pool that say how *it* uses a connection, not how one is opened."""
 
 _CONNECT_TIMEOUT = 5.0
+"""Seconds for a connection, and for each answer until it is handed over. Without a limit (redis-py
+before 8) a frozen server that still accepts would hold an attempt for ever."""
 _SENTINEL_TIMEOUT = 1.0
+_PASSING = (ssl.SSLEOFError, ssl.SSLSyscallError, ssl.SSLZeroReturnError)
+"""TLS errors of a server that dies during the handshake; it may come back."""
 
 
 class Endpoint:
-    """Where the servers are, and how to open a connection to the one that counts now."""
+    """Where the servers are, and how to open a connection to the one that counts now. Raises
+    EventBusError for options that redis-py does not take."""
 
     def __init__(
         self,
@@ -67,7 +87,6 @@ class Endpoint:
         *,
         sentinels: Sentinel | None = None,
         master: str = "",
-        client_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.shown = shown
         """The address, without a secret."""
@@ -75,24 +94,60 @@ class Endpoint:
         self.is_sentinel = sentinels is not None
         self._class = connection_class
         self._options = {k: v for k, v in options.items() if k not in _NOT_OURS}
-        self._options.setdefault("socket_connect_timeout", _CONNECT_TIMEOUT)
+        for timeout in ("socket_connect_timeout", "socket_timeout"):
+            if self._options.get(timeout) is None:
+                self._options[timeout] = _CONNECT_TIMEOUT
         self._sentinels = sentinels
         self._master = master
-        self._client_options = dict(client_options if client_options is not None else options)
+        self._client_options = {k: v for k, v in options.items() if k not in _NOT_A_CLIENTS}
+        self._warned = False
+        try:
+            self._connection()
+        except (TypeError, ValueError, RedisError) as error:
+            raise EventBusError(f"redis-py does not take these options: {error}") from None
+
+    def _connection(self, **address: Any) -> Any:
+        options = {**self._options, **address}
+        return self._class(**options, protocol=2, retry=Retry(NoBackoff(), 0))
 
     async def open(self) -> Any:
         """A connected redis-py connection that answers. Raises redis-py's errors and OSError."""
-        options = dict(self._options)
+        address: dict[str, Any] = {}
         if self._sentinels is not None:
-            options["host"], options["port"] = await self._find_master()
-        connection = self._class(**options, protocol=2, retry=Retry(NoBackoff(), 0))
+            address["host"], address["port"] = await self._find_master()
+        connection = self._connection(**address)
+        self._warn(connection)
         try:
-            await connection.connect()
+            await self._connect(connection)
             await self._check(connection)
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
         return connection
+
+    async def _connect(self, connection: Any) -> None:
+        try:
+            await connection.connect()
+        except RedisTimeoutError as error:
+            if not isinstance(connection, SSLConnection):
+                raise
+            # A Redis without TLS takes the hello for half a command, and waits for the rest of it.
+            hint = f"{error} (no TLS handshake in time: does this port speak TLS?)"
+            raise RedisTimeoutError(hint) from error
+
+    def _warn(self, connection: Any) -> None:
+        """Say once per start that this TLS protects from nobody who can answer in Redis's place."""
+        if self._warned or not isinstance(connection, SSLConnection):
+            return
+        self._warned = True
+        option = "ssl_check_hostname=false"
+        if connection.cert_reqs == ssl.CERT_NONE:
+            option = "ssl_cert_reqs=none"
+        elif connection.check_hostname:
+            return
+        logger.warning(
+            "%s: with %s anybody on the way can pass for this server", self.shown, option
+        )
 
     async def _check(self, connection: Any) -> None:
         """A server that is loading or wants a password must not pass for a good one."""
@@ -113,7 +168,12 @@ class Endpoint:
     async def _find_master(self) -> tuple[str, int]:
         if self._sentinels is None:
             raise EventBusError("no Sentinel is configured")
-        host, port = await self._sentinels.discover_master(self._master)
+        try:
+            host, port = await self._sentinels.discover_master(self._master)
+        except MasterNotFoundError:  # its text has the representation of each client
+            raise RedisConnectionError(
+                f"no Sentinel of {self.shown} answers and knows a living master {self._master!a}"
+            ) from None
         return host, int(port)
 
     async def close(self) -> None:
@@ -124,77 +184,106 @@ class Endpoint:
 
     def client(self) -> Redis:
         """A client of the same server (of the current master), for its caller to close."""
+        options = self._client_options
         if self._sentinels is not None:
-            options = {k: v for k, v in self._options.items() if k != "connection_class"}
-            client: Redis = self._sentinels.master_for(self._master, **options)
+            tls = issubclass(self._class, SSLConnection)
+            kind = SentinelManagedSSLConnection if tls else SentinelManagedConnection
+            client: Redis = self._sentinels.master_for(
+                self._master, connection_class=kind, **options
+            )
             return client
-        pool = ConnectionPool(connection_class=self._class, **self._client_options)
-        return Redis.from_pool(pool)
+        return Redis.from_pool(ConnectionPool(connection_class=self._class, **options))
 
 
 def endpoint_of_url(url: str, options: Mapping[str, Any]) -> Endpoint:
     """The endpoint of ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` and
     ``embedded://``. Raises EventBusError for a URL that cannot be read, without quoting it."""
-    scheme = url.partition("://")[0]
+    scheme, _, rest = url.partition("://")
     if scheme == "embedded":
-        name = url.partition("://")[2] or "default"
-        return endpoint_of_url(embedded(name), options)
+        return endpoint_of_url(_embedded(rest or "default"), options)
     try:
         if scheme.endswith("+sentinel"):
             return _sentinel_endpoint(url, options)
-        found = dict(parse_url(url))
+        _check_url(url)
+        found: dict[str, Any] = dict(parse_url(url))
     except ValueError:
         raise EventBusError(
             f"the {scheme}:// URL cannot be read; special characters of a password must be percent"
-            "-encoded ('#' as %23, '/' as %2F, '@' as %40)"
+            "-encoded ('#' as %23, '/' as %2F, '?' as %3F, '@' as %40)"
         ) from None
     found |= options
     connection_class = found.pop("connection_class", Connection)
     return Endpoint(connection_class, found, _shown(connection_class, found))
 
 
+def _embedded(name: str) -> str:
+    try:
+        from eventbus.server import embedded  # for POSIX alone: it imports fcntl
+
+        return embedded(name)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise EventBusError(f"embedded://{name}: {error}") from error
+
+
+def _check_url(url: str) -> None:
+    """Raise ValueError where a character of the password would end the address: what is left of it
+    can be read, as another server, and would be shown."""
+    parts = urlsplit(url)
+    if "#" in url:
+        raise ValueError("fragment")
+    if parts.scheme in ("redis", "rediss") and (
+        not re.fullmatch(r"/?\d*/?", parts.path) or (not parts.hostname and "@" in parts.query)
+    ):
+        raise ValueError("path or query")
+
+
 def _shown(connection_class: type[Any], options: Mapping[str, Any]) -> str:
     if issubclass(connection_class, UnixDomainSocketConnection):
         return f"unix://{options.get('path', '')}"
     scheme = "rediss" if issubclass(connection_class, SSLConnection) else "redis"
-    return f"{scheme}://{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+    host = options.get("host", "localhost")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{options.get('port', 6379)}"
 
 
 def _sentinel_endpoint(url: str, options: Mapping[str, Any]) -> Endpoint:
     """``redis+sentinel://user:password@host:port,host:port/master?db=0``: the user and the password
-    are those of the data nodes."""
+    are those of the data nodes; those of the Sentinels go into ``sentinel_kwargs`` of the options.
+    ``rediss+sentinel://`` is TLS to both."""
     parts = urlsplit(url)
     login, _, hosts = parts.netloc.rpartition("@")
     master = parts.path.strip("/")
     addresses = []
     for address in hosts.split(","):
-        host, port = re.fullmatch(r"(\[[^]]+\]|[^:]+)(?::(\d+))?", address).groups()  # type: ignore[union-attr]
-        addresses.append((host.strip("[]"), int(port or 26379)))
+        match = re.fullmatch(r"(\[[^]]+\]|[^:]+)(?::(\d+))?", address)
+        if match is None or "#" in url or "@" in master:
+            raise ValueError("address")
+        addresses.append((match[1].strip("[]"), int(match[2] or 26379)))
     if not master:
         raise EventBusError(
             "a redis+sentinel:// URL ends with the name of the master: .../mymaster"
         )
-    found: dict[str, Any] = {k: v[0] for k, v in parse_qs(parts.query).items()}
-    user, _, password = login.partition(":")
-    if user:
-        found["username"] = unquote(user)
-    if password:
-        found["password"] = unquote(password)
+    scheme = parts.scheme.partition("+")[0]
+    found: dict[str, Any] = dict(parse_url(f"{scheme}://{login}@/?{parts.query}"))
     found |= options
-    tls = parts.scheme.startswith("rediss")
-    sentinels = Sentinel(
-        addresses,
-        sentinel_kwargs={
-            "socket_timeout": _SENTINEL_TIMEOUT,
-            "socket_connect_timeout": _SENTINEL_TIMEOUT,
-            "retry": Retry(NoBackoff(), 0),
-            "protocol": 2,
-            **found.get("sentinel_kwargs", {}),
-        },
-    )
-    shown = f"redis+sentinel://{hosts}/{master}"
-    connection_class = SSLConnection if tls else Connection
+    connection_class = found.pop("connection_class", Connection)
+    over_tls = {k: v for k, v in found.items() if k.startswith("ssl_")}
+    if scheme == "rediss":
+        over_tls["ssl"] = True
+    shown = f"{parts.scheme}://{hosts}/{master}"
+    sentinels = _sentinels(addresses, over_tls | found.get("sentinel_kwargs", {}))
     return Endpoint(connection_class, found, shown, sentinels=sentinels, master=master)
+
+
+def _sentinels(addresses: Iterable[tuple[str, int]], options: Mapping[str, Any]) -> Sentinel:
+    """Clients of these Sentinels that give up soon: they are asked one after another."""
+    ours = {
+        "socket_timeout": _SENTINEL_TIMEOUT,
+        "socket_connect_timeout": _SENTINEL_TIMEOUT,
+        **options,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+    return Sentinel(addresses, sentinel_kwargs=ours)  # type: ignore[no-untyped-call]
 
 
 def endpoint_of_client(client: Any, options: Mapping[str, Any]) -> Endpoint:
@@ -209,11 +298,15 @@ def endpoint_of_client(client: Any, options: Mapping[str, Any]) -> Endpoint:
     found = {**pool.connection_kwargs, **options}
     if isinstance(pool, SentinelConnectionPool):
         tls = issubclass(pool.connection_class, SSLConnection)
+        theirs = pool.sentinel_manager
+        known = [sentinel.connection_pool.connection_kwargs for sentinel in theirs.sentinels]
+        addresses = [(options["host"], options["port"]) for options in known]
+        hosts = ",".join(f"{host}:{port}" for host, port in addresses)
         return Endpoint(
             SSLConnection if tls else Connection,
             found,
-            f"redis+sentinel://{pool.service_name}",
-            sentinels=pool.sentinel_manager,
+            f"{'rediss' if tls else 'redis'}+sentinel://{hosts}/{pool.service_name}",
+            sentinels=_sentinels(addresses, theirs.sentinel_kwargs),
             master=pool.service_name,
         )
     return Endpoint(pool.connection_class, found, _shown(pool.connection_class, found))
@@ -222,7 +315,10 @@ def endpoint_of_client(client: Any, options: Mapping[str, Any]) -> Endpoint:
 def is_hopeless(error: BaseException) -> bool:
     """Whether trying again soon is useless: wrong credentials, or a certificate that is not
     good."""
-    return any(_is_refusal(e) or isinstance(e, ssl.SSLError) for e in _chain(error))
+    return any(
+        _is_refusal(e) or (isinstance(e, ssl.SSLError) and not isinstance(e, _PASSING))
+        for e in _chain(error)
+    )
 
 
 def describe_error(error: BaseException) -> tuple[str, bool]:

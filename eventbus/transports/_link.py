@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import hiredis
 
@@ -63,13 +63,13 @@ class Link(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Parse what came, all of it: hiredis moves its whole buffer for what is left in it."""
         self.last_read = self._time()
-        self._parse(self._buffer[:nbytes])
+        self.parse(self._buffer[:nbytes])
 
-    def _parse(self, data: memoryview | bytes) -> None:
+    def parse(self, data: memoryview | bytes) -> None:
         gets = self._replies.gets
         replies: list[Any] = []
         try:
-            self._replies.feed(data)
+            self._replies.feed(cast("bytes", data))  # it takes any buffer
             while (reply := gets()) is not False:
                 replies.append(reply)
             self.on_replies(replies)
@@ -109,5 +109,5 @@ def adopt(connection: Any, link: Link) -> asyncio.Transport:
     transport.resume_reading()
     early = bytes(reader._buffer)
     if early:
-        link._parse(early)
+        link.parse(early)
     return transport

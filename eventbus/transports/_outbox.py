@@ -161,8 +161,8 @@ class Outbox:
                 self.fail(f"an answer that nobody asked for: {str(reply)[:200]}")
                 return
             waiting = written.popleft()
-            if type(waiting) is not Outgoing:
-                waiting(reply)  # type: ignore[operator]  # an `ask`
+            if not isinstance(waiting, Outgoing):
+                waiting(reply)
             elif type(reply) is int:
                 waiting.acknowledge(reply)
             else:

@@ -105,6 +105,7 @@ class Sink(Protocol):
 
     def opened(self) -> list[Command]:
         """A subscriber connection is there, with nothing subscribed on it yet."""
+        ...
 
     def confirmed(self, subscription: Subscription) -> list[Command]: ...
 
@@ -114,13 +115,16 @@ class Sink(Protocol):
 
     def lost(self, reason: str) -> None:
         """The subscriber connection is gone, and all subscriptions with it."""
+        ...
 
     def frames(self, subscription: Subscription, rows: Sequence[Sequence[bytes]]) -> None:
         """Messages through this subscription, in order. A row ends with the channel as it is on the
         wire (with the namespace) and the payload."""
+        ...
 
     def pressure(self) -> bool:
         """Called before each read. Whether the lanes are filling up: then read in small bites."""
+        ...
 
 
 @dataclass(slots=True)
@@ -147,26 +151,34 @@ class Transport(Protocol):
 
         `bus_id` is unique per start; `number` gives the next number of a channel.
         """
+        ...
 
     async def stop(self) -> None:
         """Close everything, at once. Idempotent."""
+        ...
 
     async def flush(self) -> None:
         """Wait until everything handed to `publish` has an outcome."""
+        ...
 
     def publish(self, outgoing: Outgoing) -> None:
         """Send, or queue, one message. Raises BusUnavailable when it is known to be hopeless."""
+        ...
 
     def send(self, commands: Iterable[Command]) -> None:
         """Ask the server. Does nothing while away: `Sink.opened` asks for all of it."""
+        ...
 
     def fence(self, reached: Callable[[], Any]) -> None:
         """Call `reached` at a point of the stream after everything sent so far."""
+        ...
 
     def status(self) -> Status: ...
 
     def describe(self) -> str:
         """Where this goes, without a secret."""
+        ...
 
     def redis(self) -> Any:
         """A redis-py client for the same server. Raises EventBusError where there is none."""
+        ...
