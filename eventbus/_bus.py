@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
@@ -52,6 +52,8 @@ class EventBus(Declarations):
     heartbeat: a silent connection is tested after this long and dead after twice this; None: never.
     on_denied: "raise" at start when a pattern is denied, or "degrade" and say so in `health()`.
     """
+
+    __is_bus__ = True  # what a handler's parameter is recognised by
 
     def __init__(
         self,
@@ -202,9 +204,13 @@ class EventBus(Declarations):
         async with self:
             for number in signals:
                 loop.add_signal_handler(number, over.set)
+            run = self._here()
+            waits = [asyncio.ensure_future(event.wait()) for event in (over, run.ended)]
             try:
-                await over.wait()
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
+                for wait in waits:
+                    wait.cancel()
                 for number in signals:
                     loop.remove_signal_handler(number)
 
@@ -263,7 +269,7 @@ class EventBus(Declarations):
 
     # -- Listening while running -------------------------------------------------------------------
 
-    async def attach(
+    def attach(
         self,
         handler: Callable[..., Any],
         *patterns: str | type[Event],
@@ -274,7 +280,7 @@ class EventBus(Declarations):
         timeout: float | None = None,
         echo: bool = True,
         wire: Literal["bare"] | None = None,
-    ) -> Route:
+    ) -> Coroutine[Any, Any, Route]:
         """`on` for a running bus: the subscription is confirmed when it returns.
 
         Raises PermissionDenied, and BusUnavailable when Redis does not answer within
@@ -284,9 +290,13 @@ class EventBus(Declarations):
         options = Options(concurrency, order_by, max_queue, overflow, timeout, echo, wire)
         parsed = patterns_of(patterns)
         plan = self._plan(handler, parsed, options, local_names=names_of_caller())
-        lane = run.receiver.listen(plan.name, options, plan.body, plan)
-        await run.add(lane, parsed)
-        return Route(run, lane)
+
+        async def confirmed() -> Route:
+            lane = run.receiver.listen(plan.name, options, plan.body, plan)
+            await run.add(lane, parsed)
+            return Route(run, lane)
+
+        return confirmed()
 
     @overload
     def subscribe(

@@ -19,7 +19,7 @@ from eventbus._errors import InvalidEvent
 from eventbus._handlers import SKIP, CallPlan
 from eventbus._lanes import TURN, Item, Lane, Target
 from eventbus._messages import EMPTY, Message
-from eventbus._reports import Reports
+from eventbus._reports import Reports, inside
 
 Middleware = Callable[[Message[Any], Callable[[Message[Any]], Awaitable[Any]]], Awaitable[Any]]
 
@@ -54,6 +54,7 @@ class Dispatcher:
             and not self._middleware
             and lane.options.timeout is None
         )
+        inside.set(asyncio.current_task())
         turn = monotonic()
         while not lane.closed:
             try:
@@ -188,7 +189,8 @@ class Dispatcher:
             overrun = TimeoutError(f"took longer than {timeout} s; its thread goes on")
             await self._report_failure(target, frame, event, overrun)
             await asyncio.wait({running})
-            running.exception()
+            if not running.cancelled():
+                running.exception()  # it was reported as the overrun that it is
         finally:
             running.cancel()
         return None

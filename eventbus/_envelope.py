@@ -11,14 +11,14 @@ mode, so Decimal, datetime and bytes survive. Pure; only bytes and values may en
 
 from __future__ import annotations
 
-import binascii
 import re
 from base64 import b64decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
+from uuid import UUID
 
 import orjson
 from pydantic import (
@@ -30,6 +30,7 @@ from pydantic import (
     create_model,
 )
 from pydantic_core import PydanticSerializationError
+from pydantic_core.core_schema import ErrorType
 
 from eventbus._errors import InvalidEvent
 from eventbus._events import Event
@@ -39,27 +40,43 @@ _TEXT = rb'"([^"\\\x00-\x1f]+)"'
 _CORE = rb"specversion|id|source|type|time|busseq|data|data_base64"
 _HEAD = re.compile(
     rb'\{"specversion":"1\.0","id":' + _TEXT + rb',"source":' + _TEXT + rb',"type":' + _TEXT
-    + rb',"time":"([0-9T:.Z+-]{20,35})"(?:,"busseq":([1-9][0-9]{0,17}))?'
+    + rb',"time":' + _TEXT + rb'(?:,"busseq":([1-9][0-9]{0,17}))?'
     + rb'((?:,"(?!(?:' + _CORE + rb')")[a-z0-9]{1,20}":'
-    + rb'(?:"(?:[^"\\\x00-\x1f]|\\.)*"|-?[0-9]{1,19}|true|false))*),"data":'
+    + rb'(?:"(?:[^"\\\x00-\x1f]|\\.)*"|-?(?:0|[1-9][0-9]{0,17})|true|false))*),"data":'
 )  # fmt: skip
 _OWN = re.compile(
-    rb'\{"specversion":"1\.0","id":"[0-9a-f-]++","source":"([^"]++)(?<!\\)"'
-    rb',"type":"([^"]++)(?<!\\)","time":"[^"]{20,35}+(?<!\\)"'
-    rb',"busseq":([1-9][0-9]{0,17}+),"data":'
+    rb'\{"specversion":"1\.0","id":"[0-9a-f-]++","source":"([^"]++)"'
+    rb',"type":"([^"]++)","time":"([^"]++)","busseq":([1-9][0-9]{0,17}+),"data":'
 )
 _PLAIN_TEXT = re.compile(rb'[^"\\\x00-\x1f]+')
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)")
 _MAX_REASONS = 10
 
 own_layout = _OWN.match
-"""Recognise our own layout, without headers: source, type and number as groups, the data from the
-end of the match to the last byte but one. A type that is not `is_plain`, and everything that does
-not match, goes through `peek`."""
+"""Recognise our own layout, without headers: source, type, time and number as groups, the data from
+the end of the match to the last byte but one. What is not `is_plain` or no `time_of`, and everything
+that does not match, goes through `peek`."""
 
 
 def is_plain(text: bytes) -> bool:
     """Whether the inside of a JSON string stands for itself."""
-    return _PLAIN_TEXT.fullmatch(text) is not None
+    if _PLAIN_TEXT.fullmatch(text) is None:
+        return False
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def time_of(text: bytes) -> datetime | None:
+    """The time that an envelope names, when it is plain RFC 3339."""
+    if not text.isascii() or not _TIME.fullmatch(text.decode()):
+        return None
+    try:
+        return datetime.fromisoformat(text.decode())
+    except ValueError:
+        return None
 
 
 def _not_empty(text: str) -> str:
@@ -80,41 +97,35 @@ class _Envelope(BaseModel):
     time: datetime | None = None
 
 
-class Head:
-    """What the envelope says beside the data. `number` is `busseq`, None when there is none."""
+class Head(NamedTuple):
+    """What the envelope says beside the data. `number` is `busseq`, None when there is none; `short`
+    is where the data begins when the layout is our own, else 0; `binary` is `data_base64`."""
 
-    __slots__ = ("binary", "headers", "id", "number", "short", "source", "time", "type")
-
-    def __init__(
-        self,
-        id: bytes,
-        source: bytes,
-        type: bytes,
-        time: bytes | datetime | None,
-        number: int | None,
-        headers: bytes | Mapping[str, Header],
-        short: int = 0,
-        binary: str | None = None,
-    ) -> None:
-        self.id = id
-        self.source = source
-        self.type = type
-        self.time = time
-        self.number = number
-        self.headers = headers
-        self.short = short
-        """Where the data begins, when the layout is our own; else 0."""
-        self.binary = binary
-        """`data_base64`, as text."""
+    id: str
+    source: bytes
+    type: bytes
+    time: datetime | None
+    number: int | None
+    headers: Mapping[str, Header]
+    short: int = 0
+    binary: str | None = None
 
 
 def peek(payload: bytes) -> Head | None:
-    """The head of a payload in our own layout, read without JSON; None for every other layout."""
+    """The head of a payload in our own layout, read without JSON; None for every other layout, and
+    for what the long way must judge."""
     found = _HEAD.match(payload)
     if found is None:
         return None
-    id, source, type, time, number, headers = found.groups()
-    return Head(id, source, type, time, int(number) if number else None, headers, found.end())
+    id, source, type, text, number, headers = found.groups()
+    time = time_of(text)
+    if time is None or not (is_plain(id) and is_plain(source) and is_plain(type)):
+        return None
+    try:
+        more = MappingProxyType(orjson.loads(b"{" + headers[1:] + b"}")) if headers else EMPTY
+    except orjson.JSONDecodeError:
+        return None
+    return Head(id.decode(), source, type, time, int(number) if number else None, more, found.end())
 
 
 def read_head(payload: bytes) -> Head:
@@ -123,7 +134,8 @@ def read_head(payload: bytes) -> Head:
         envelope = _Envelope.model_validate_json(payload)
     except ValidationError as error:
         raise InvalidEvent(
-            "the payload is not a CloudEvents 1.0 JSON event", reasons=reasons_of(error)
+            "the payload is not a CloudEvents 1.0 JSON event",
+            reasons=reasons_of(error, frozenset(_Envelope.model_fields)),
         ) from None
     extra = dict(envelope.model_extra or {})
     number = extra.get("busseq")
@@ -135,7 +147,7 @@ def read_head(payload: bytes) -> Head:
     extra.pop("data", None)
     headers = {k: v for k, v in extra.items() if isinstance(v, str | int | bool)}
     return Head(
-        envelope.id.encode("utf-8", "replace"),
+        envelope.id,
         envelope.source.encode("utf-8", "replace"),
         envelope.type.encode("utf-8", "replace"),
         envelope.time,
@@ -146,13 +158,22 @@ def read_head(payload: bytes) -> Head:
     )
 
 
-def reasons_of(error: ValidationError) -> tuple[str, ...]:
-    """The lines of a validation error, without the data that caused it."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    return tuple(
-        f"{'.'.join(map(str, line['loc'])) or 'payload'}: {line['msg']}"
-        for line in found[:_MAX_REASONS]
-    )
+_KNOWN_ERRORS = frozenset(get_args(ErrorType)) - {
+    "assertion_error", "extra_forbidden", "union_tag_invalid", "value_error"
+}  # fmt: skip
+"""Kinds of errors whose text holds nothing of the data."""
+
+
+def reasons_of(error: ValidationError, names: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """The lines of a validation error, without the data that caused it: of places only the `names`
+    of fields, of texts only those that pydantic itself words."""
+    lines = error.errors(include_url=False, include_context=False, include_input=False)
+    reasons = []
+    for line in lines[:_MAX_REASONS]:
+        place = ".".join(str(p) if isinstance(p, int) or p in names else "*" for p in line["loc"])
+        text = line["msg"] if line["type"] in _KNOWN_ERRORS else line["type"]
+        reasons.append(f"{place or 'payload'}: {text}")
+    return tuple(reasons)
 
 
 # -- Reading data --------------------------------------------------------------------------------
@@ -162,52 +183,51 @@ class Reader:
     """How one kind of body is read from a payload: an event class, a model, a dict.
 
     `key` names the kind; frames keep what was read under it when `shared`, so that several handlers
-    share one decode. `direct` validates bare JSON bytes.
+    share one decode. `direct` validates bare JSON bytes; `names` are the fields that errors may name.
     """
 
-    __slots__ = ("direct", "key", "label", "shared", "_wrapped")
+    __slots__ = ("direct", "key", "label", "names", "shared", "_wrapped")
 
     def __init__(
-        self, key: object, label: str, shared: bool, direct: Callable[[bytes], Any]
+        self,
+        key: object,
+        label: str,
+        direct: Callable[[bytes], Any],
+        *,
+        shared: bool = False,
+        names: frozenset[str] = frozenset(),
     ) -> None:
         self.key = key
         self.label = label
-        self.shared = shared
         self.direct = direct
+        self.shared = shared
+        self.names = names | {"data"}
         self._wrapped: Callable[[bytes], Any] | None = None
 
     def read(self, payload: bytes, head: Head) -> Any:
-        """The body inside an envelope. Raises InvalidEvent."""
-        if head.short and payload.endswith(b"}"):
+        """The body inside an envelope, the long way. Raises InvalidEvent."""
+        if head.binary is not None:
             try:
-                return self.direct(payload[head.short : -1])
+                data = b64decode(head.binary, validate=True)
             except ValueError:
-                pass  # the long way judges
-        return self.read_long(payload, head.binary)
-
-    def read_long(self, payload: bytes, binary: str | None) -> Any:
-        """The body inside an envelope of any layout. Raises InvalidEvent."""
-        try:
-            if binary is not None:
-                return self.direct(b64decode(binary, validate=True))
-            if self._wrapped is None:
-                self._wrapped = _wrap(self.key)
-            return self._wrapped(payload)
-        except ValidationError as error:
-            raise self.refusal(reasons_of(error)) from None
-        except binascii.Error:
-            raise self.refusal(("data_base64: not base64",)) from None
-        except ValueError as error:
-            raise self.refusal((f"data: {error}",)) from None
+                raise self.refusal(("data_base64: not base64",)) from None
+            return self._judged(self.direct, data)
+        if self._wrapped is None:
+            self._wrapped = _wrap(self.key)
+        return self._judged(self._wrapped, payload)
 
     def read_bare(self, payload: bytes) -> Any:
         """The body that is the whole payload. Raises InvalidEvent."""
+        return self._judged(self.direct, payload)
+
+    def _judged(self, read: Callable[[bytes], Any], data: bytes) -> Any:
         try:
-            return self.direct(payload)
+            return read(data)
         except ValidationError as error:
-            raise self.refusal(reasons_of(error)) from None
+            raise self.refusal(reasons_of(error, self.names)) from None
         except ValueError as error:
-            raise self.refusal((f"payload: {error}",)) from None
+            text = "not JSON" if isinstance(error, orjson.JSONDecodeError) else str(error)
+            raise self.refusal((f"data: {text}",)) from None
 
     def refusal(self, reasons: tuple[str, ...]) -> InvalidEvent:
         """The error that says why this payload is no such body."""
@@ -249,7 +269,7 @@ def _load_dict(data: bytes) -> dict[str, Any]:
     return _a_dict(orjson.loads(data))
 
 
-DICT = Reader(dict, "dict", False, _load_dict)
+DICT = Reader(dict, "dict", _load_dict)
 
 
 @lru_cache(maxsize=1024)
@@ -257,45 +277,28 @@ def event_reader(cls: type[Event]) -> Reader:
     """The reader of an event class."""
     cls.model_rebuild()
     validate = cls.__pydantic_validator__.validate_json
-    return Reader(cls, cls.__event_type__, _traits(cls).immutable, validate)
+    nodes = _nodes(cls.__pydantic_core_schema__)
+    return Reader(
+        cls, cls.__event_type__, validate, shared=_is_immutable(nodes), names=_names(nodes)
+    )
 
 
 def model_reader(annotation: Any) -> Reader:
     """The reader of any pydantic model, or of a union with its own discriminator."""
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     label = getattr(annotation, "__name__", None) or str(annotation)
-    return Reader(annotation, label, False, adapter.validate_json)
+    names = _names(_nodes(adapter.core_schema))
+    return Reader(annotation, label, adapter.validate_json, names=names)
 
 
 # -- What is known of a class ----------------------------------------------------------------------
 
-_SCALARS = frozenset(
-    "str int bool float decimal uuid date time datetime timedelta bytes none literal enum url"
-    " multi-host-url complex".split()
+_IMMUTABLE = frozenset(
+    "str int bool float decimal uuid date time datetime timedelta bytes none literal enum complex url"
+    " multi-host-url nullable union tagged-union tuple frozenset default model model-fields"
+    " model-field definitions definition-ref".split()
 )
-_FROZEN = _SCALARS | {"nullable", "union", "tagged-union", "tuple", "frozenset", "default"}
-_FROZEN |= {"model", "model-fields", "model-field", "definitions", "definition-ref"}
-_PLAIN = frozenset(
-    "str int bool uuid none nullable default literal enum model model-fields model-field list dict"
-    " tuple date datetime".split()
-)
-_BENIGN = frozenset(
-    "type schema fields cls config custom_init root_model frozen extra_behavior ref metadata"
-    " default default_factory items_schema keys_schema values_schema variadic_item_index model_name"
-    " post_init strict serialization_exclude expected members sub_type missing computed_fields"
-    " required microseconds_precision copy_default fail_fast validate_default".split()
-)
-
-
-class _Traits:
-    """`immutable`: one instance may be handed to several handlers.
-    `plain`: what pydantic writes without a warning, pydantic reads back."""
-
-    __slots__ = ("immutable", "plain")
-
-    def __init__(self, immutable: bool, plain: bool) -> None:
-        self.immutable = immutable
-        self.plain = plain
+_EXACT: dict[str, type] = {"str": str, "int": int, "bool": bool, "uuid": UUID}
 
 
 def _nodes(schema: Any) -> list[dict[str, Any]]:
@@ -313,19 +316,45 @@ def _nodes(schema: Any) -> list[dict[str, Any]]:
     return found
 
 
-@lru_cache(maxsize=1024)
-def _traits(cls: type[BaseModel]) -> _Traits:
-    nodes = _nodes(cls.__pydantic_core_schema__)
-    immutable = all(
-        node["type"] in _FROZEN
-        and (node["type"] != "model" or bool(node.get("config", {}).get("frozen")))
+def _is_immutable(nodes: Sequence[dict[str, Any]]) -> bool:
+    """Whether one instance may be handed to several handlers."""
+    return all(
+        node["type"] in _IMMUTABLE
+        and (node["type"] != "model" or bool(node["cls"].model_config.get("frozen")))
         for node in nodes
     )
-    plain = all(
-        node["type"] in _PLAIN and node.keys() <= _BENIGN and not node.get("computed_fields")
-        for node in nodes
+
+
+def _names(nodes: Sequence[dict[str, Any]]) -> frozenset[str]:
+    """The names of all fields, those of models inside included."""
+    return frozenset(
+        name for node in nodes if isinstance(node.get("fields"), dict) for name in node["fields"]
     )
-    return _Traits(immutable, plain)
+
+
+def _exact_types(cls: type[BaseModel]) -> tuple[type, ...] | None:
+    """The exact types of a flat class's values, when these alone prove that its JSON is read back as
+    it was: plain text, whole numbers, truth values and UUIDs, without rules of their own."""
+    types: list[type] = []
+    model: Any = cls.__pydantic_core_schema__
+    inner = model.get("schema", {})
+    if "serialization" in model or inner.get("type") != "model-fields":
+        return None
+    if model.get("config", {}).keys() - {"title", *Event.model_config}:
+        return None
+    for field in inner["fields"].values():
+        schema = field["schema"]
+        if schema["type"] == "default":
+            schema = schema["schema"]
+        exact = _EXACT.get(schema.get("type", ""))
+        if (
+            exact is None
+            or schema.keys() != {"type"}
+            or field.keys() - {"type", "schema", "metadata"}
+        ):
+            return None
+        types.append(exact)
+    return tuple(types)
 
 
 # -- Writing ---------------------------------------------------------------------------------------
@@ -340,29 +369,38 @@ def event_writer(cls: type[Event]) -> Callable[[Event], bytes]:
     cls.model_rebuild()
     to_json = cls.__pydantic_serializer__.to_json
     validate = cls.__pydantic_validator__.validate_json
-    plain = _traits(cls).plain
+    exact = _exact_types(cls)
+    kept = [name for name, field in cls.model_fields.items() if not field.exclude]
 
     def write(event: Event) -> bytes:
         data: bytes = to_json(event, by_alias=True, warnings="error")
-        if not plain or len(data) > _PROVABLE:
-            validate(data)
+        values = event.__dict__
+        if tuple(map(type, values.values())) != exact or len(data) > _PROVABLE:
+            seen = validate(data).__dict__
+            for name in kept:
+                if seen[name] != values[name]:
+                    raise ValueError(f"{name}: what would be read back is not what was given")
         return data
 
     return write
 
 
 def encode_data(event: Event) -> bytes:
-    """The event as JSON. Raises InvalidEvent for what a receiver would refuse.
+    """The event as JSON. Raises InvalidEvent for what no receiver could read, or would read as
+    something else.
 
-    The class proves it by its types where it can; else the bytes are read back.
+    The types of the values prove it where they can; else the bytes are read back and compared.
     """
     cls = type(event)
+    reasons: tuple[str, ...] = ("a value does not fit its field, or has no JSON form",)
     try:
         return event_writer(cls)(event)
     except ValidationError as error:
-        reasons = reasons_of(error)
-    except (PydanticSerializationError, ValueError):  # their texts quote the data
-        reasons = ("a value does not fit its field, or has no JSON form",)
+        reasons = reasons_of(error, event_reader(cls).names)
+    except PydanticSerializationError:  # its text quotes the data
+        pass
+    except (ValueError, KeyError) as error:
+        reasons = (str(error),)
     raise InvalidEvent(
         f"{cls.__qualname__} cannot be published, since no receiver could read it:"
         f" {'; '.join(reasons)}",
@@ -414,14 +452,24 @@ class Frame:
         return head
 
     def body(self, reader: Reader) -> Any:
-        """The body that this reader reads. Raises InvalidEvent."""
-        if not reader.shared:
-            return reader.read(self.payload, self.envelope())
-        if self._read is None:
-            self._read = {}
-        elif reader.key in self._read:
+        """The body that this reader reads. Raises InvalidEvent.
+
+        When the data of our own layout does not fit, all of the payload is read the long way, which
+        may find another head.
+        """
+        if self._read is not None and reader.key in self._read:
             return self._read[reader.key]
-        value = self._read[reader.key] = reader.read(self.payload, self.envelope())
+        head = self.envelope()
+        if head.short and self.payload.endswith(b"}"):
+            try:
+                value = reader.direct(self.payload[head.short : -1])
+            except ValueError:
+                head = self.head = read_head(self.payload)
+                value = reader.read(self.payload, head)
+        else:
+            value = reader.read(self.payload, head)
+        if reader.shared:
+            self._read = {**(self._read or {}), reader.key: value}
         return value
 
 
@@ -441,24 +489,15 @@ def message_of(
         head = None
     if head is None:
         return Message(event, frame.channel, pattern, captures)
-    time = head.time
-    if isinstance(time, bytes):
-        try:
-            time = datetime.fromisoformat(time.decode())
-        except ValueError:
-            time = None
-    headers = head.headers
-    if isinstance(headers, bytes):
-        headers = MappingProxyType(orjson.loads(b"{" + headers[1:] + b"}")) if headers else EMPTY
     return Message(
         event,
         frame.channel,
         pattern,
         captures,
-        head.id.decode("utf-8", "replace"),
+        head.id,
         head.source.decode("utf-8", "replace"),
         head.type.decode("utf-8", "replace"),
-        time,
+        head.time,
         head.number,
-        headers,
+        head.headers,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from eventbus._handlers import name_of
 from eventbus._messages import Gap, Message
 from eventbus._patterns import Pattern, encode_name
-from eventbus._reports import Reports, call_plain
+from eventbus._reports import Reports, call_plain, inside
 
 _MAX_KEYS = 10_000
 """Gaps that wait for one handler. Beyond, they merge into one without channel and source."""
@@ -47,6 +47,7 @@ class GapLane:
             self._task = asyncio.get_running_loop().create_task(self._run(reports))
 
     async def _run(self, reports: Reports) -> None:
+        inside.set(asyncio.current_task())
         try:
             while self._waiting:
                 gap = self._waiting.pop(next(iter(self._waiting)))
@@ -58,12 +59,13 @@ class GapLane:
         finally:
             self._task = None
 
-    async def drain(self) -> None:
-        """Return when every gap was handed over."""
-        if self._task is not None and self._task is not asyncio.current_task():
+    async def drain(self, caller: asyncio.Task[Any] | None) -> None:
+        """Return when every gap was handed over (at once inside the handler itself)."""
+        if self._task is not None and self._task is not caller:
             await asyncio.wait({self._task})
 
-    async def close(self) -> None:
-        if self._task is not None and self._task is not asyncio.current_task():
+    async def close(self, caller: asyncio.Task[Any] | None) -> None:
+        """Cancel the handler (not inside itself)."""
+        if self._task is not None and self._task is not caller:
             self._task.cancel()
             await asyncio.wait({self._task})

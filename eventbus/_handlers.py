@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from eventbus._envelope import DICT, Frame, Reader, event_reader, model_reader
-from eventbus._errors import InvalidHandler
+from eventbus._errors import InvalidEvent, InvalidHandler
 from eventbus._events import Event
 from eventbus._messages import Message
 from eventbus._patterns import Pattern
@@ -26,7 +26,7 @@ from eventbus._patterns import Pattern
 SKIP: Any = object()
 """What `CallPlan.decode` returns for a message of a type that the handler did not ask for."""
 
-_BODY, _MESSAGE, _DICT, _BYTES = "event", "Message", "dict", "bytes"
+_BODY, _MESSAGE, _DICT, _BYTES, _BUS = "event", "Message", "dict", "bytes", "EventBus"
 
 
 class Body:
@@ -58,11 +58,25 @@ class Body:
     def decode(self, frame: Frame) -> Any:
         """The event of this frame, or SKIP. Raises InvalidEvent."""
         if self._readers is not None:
-            reader = self._readers.get(frame.envelope().type)
-            return SKIP if reader is None else frame.body(reader)
+            return self._decode_typed(frame, self._readers)
         if self._reader is None:
             return frame.payload
         return self._reader.read_bare(frame.payload) if self.bare else frame.body(self._reader)
+
+
+    def _decode_typed(self, frame: Frame, readers: dict[bytes, Reader]) -> Any:
+        type = frame.envelope().type
+        if type not in readers:
+            return SKIP
+        try:
+            event = frame.body(readers[type])
+        except InvalidEvent:
+            if frame.envelope().type == type:
+                raise
+        else:
+            if frame.envelope().type == type:
+                return event
+        return self._decode_typed(frame, readers)  # the long way found another type
 
 
 def events_body(classes: Sequence[type[Event]]) -> Body:
@@ -117,7 +131,7 @@ def body_of(annotation: Any, bare: bool = False) -> Body:
         if len(members) > 1 and not _has_discriminator(annotation):
             raise ValueError("a bare wire has no type: a union needs a discriminator of its own")
         return Body(model_reader(annotation), bare=True)
-    if len(members) > 1 or issubclass(annotation, Event):
+    if len(members) > 1 or issubclass(members[0], Event):
         return events_body(members)
     return Body(model_reader(annotation))
 
@@ -138,7 +152,7 @@ class CallPlan:
         captures: dict[str, TypeAdapter[Any] | None],
         required: frozenset[str],
         bus_name: str | None,
-        only: tuple[str, ...],
+        only: tuple[tuple[str, Any], ...],
         signature: inspect.Signature,
     ) -> None:
         self.fn = fn
@@ -150,7 +164,7 @@ class CallPlan:
         """Captures that every pattern must have."""
         self.bus_name = bus_name
         self.needs_message = _MESSAGE in slots.values()
-        self._wants_dict = _DICT in slots.values() and _BODY in slots.values() and not body.bare
+        self._wants_dict = _DICT in slots.values() and _BODY in slots.values()
         self._slots = slots
         self._captures = captures
         self._only = only
@@ -164,7 +178,7 @@ class CallPlan:
             and first is not None
             and first.name in slots
             and first.kind is not first.KEYWORD_ONLY
-            and set(self._only) <= set(slots)
+            and len(self._only) <= 1
         )
 
     def static(self, captures: Mapping[str, str], bus: object) -> dict[str, Any] | None:
@@ -185,7 +199,10 @@ class CallPlan:
     def check(self, frame: Frame) -> None:
         """Raise InvalidEvent when a second view of the body (a dict beside a model) is no such."""
         if self._wants_dict:
-            frame.body(DICT)
+            self._table(frame)
+
+    def _table(self, frame: Frame) -> Any:
+        return DICT.read_bare(frame.payload) if self.body.bare else frame.body(DICT)
 
     def call(
         self, event: Any, frame: Frame, static: dict[str, Any], message: Message[Any] | None
@@ -202,8 +219,8 @@ class CallPlan:
             elif kind == _BYTES:
                 filled[name] = frame.payload
             else:
-                filled[name] = frame.body(DICT) if not self.body.bare else event
-        return self.fn(*[filled.pop(name) for name in self._only], **filled)
+                filled[name] = self._table(frame)
+        return self.fn(*[filled.pop(name, default) for name, default in self._only], **filled)
 
 
 def name_of(fn: Callable[..., Any]) -> str:
@@ -238,15 +255,12 @@ def signature_of(
         return inspect.signature(fn, eval_str=True)
     except NameError:
         pass
-    except (TypeError, ValueError) as error:
-        raise InvalidHandler(f"{fn!r} is not a handler: {error}") from None
+    except Exception as error:  # an annotation is code, and may raise anything
+        raise _refuse(fn, None, f"is not a handler: its signature is unknown ({error})") from None
     try:
         return inspect.signature(fn, eval_str=True, locals=local_names())
-    except NameError as error:
-        raise InvalidHandler(
-            f"handler {name_of(fn)!r}: an annotation names {error.name!r}, which is not known here",
-            handler=name_of(fn),
-        ) from None
+    except Exception as error:
+        raise _refuse(fn, None, f"has an annotation that is not known here: {error}") from None
 
 
 def _refuse(fn: Callable[..., Any], parameter: str | None, problem: str) -> InvalidHandler:
@@ -256,15 +270,15 @@ def _refuse(fn: Callable[..., Any], parameter: str | None, problem: str) -> Inva
     )
 
 
-def _kind_of(annotation: Any, bus_type: type | None) -> str | None:
+def _kind_of(annotation: Any) -> str | None:
     if annotation is Message or get_origin(annotation) is Message:
         return _MESSAGE
     if annotation is dict or get_origin(annotation) is dict:
         return _DICT
     if annotation is bytes:
         return _BYTES
-    if bus_type and isinstance(annotation, type) and issubclass(annotation, bus_type):
-        return "EventBus"
+    if isinstance(annotation, type) and getattr(annotation, "__is_bus__", False):
+        return _BUS
     if annotation is not inspect.Parameter.empty and _is_body(annotation):
         return _BODY
     return None
@@ -274,7 +288,6 @@ def plan_call(
     fn: Callable[..., Any],
     patterns: Sequence[Pattern],
     *,
-    bus_type: type | None = None,
     bare: bool = False,
     local_names: Callable[[], Mapping[str, Any]] = dict,
     signature: inspect.Signature | None = None,
@@ -290,8 +303,8 @@ def plan_call(
     captures: dict[str, TypeAdapter[Any] | None] = {}
     required: set[str] = set()
     slots: dict[str, str] = {}
-    asked: dict[str, Any] = {}
-    only: list[str] = []
+    asked: dict[str, tuple[str, Any]] = {}
+    only: list[tuple[str, Any]] = []
     bus_name: str | None = None
     signature = signature or signature_of(fn, local_names)
     for name, parameter in signature.parameters.items():
@@ -307,10 +320,8 @@ def plan_call(
             if not optional:
                 required.add(name)
         else:
-            kind = _kind_of(parameter.annotation, bus_type)
-            if kind is None and optional:
-                continue
-            if kind is None:
+            kind = _kind_of(parameter.annotation)
+            if kind is None and not optional:
                 available = ", ".join(sorted(named)) or "none"
                 raise _refuse(
                     fn,
@@ -320,13 +331,14 @@ def plan_call(
                 )
             if kind in asked:
                 raise _refuse(fn, name, f"is the second of its kind ({kind}); one is enough")
-            asked[kind] = parameter.annotation
-            if kind == "EventBus":
-                bus_name = name
-            else:
-                slots[name] = kind
+            if kind is not None:
+                asked[kind] = (name, parameter.annotation)
+                if kind == _BUS:
+                    bus_name = name
+                else:
+                    slots[name] = kind
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            only.append(name)
+            only.append((name, parameter.default))
     body = _choose_body(fn, asked, bare)
     needed = frozenset(required)
     return CallPlan(fn, body, slots, captures, needed, bus_name, tuple(only), signature)
@@ -341,27 +353,26 @@ def _converter(fn: Callable[..., Any], name: str, annotation: Any) -> TypeAdapte
         raise _refuse(fn, name, f"is a capture, which no text converts to: {error}") from None
 
 
-def _choose_body(fn: Callable[..., Any], asked: Mapping[str, Any], bare: bool) -> Body:
-    """The one body of a handler: its event parameter, else its Message, else its dict, else
-    bytes."""
-    message = asked.get(_MESSAGE)
-    inner = get_args(message)[0] if message is not None and get_args(message) else None
+def _choose_body(fn: Callable[..., Any], asked: Mapping[str, tuple[str, Any]], bare: bool) -> Body:
+    """The one body of a handler: its event parameter, else its Message, else its dict or bytes."""
+    name, message = asked.get(_MESSAGE, (None, None))
+    inner = (*get_args(message), None)[0]
     if isinstance(inner, typing.TypeVar):
         inner = None
-    first = asked.get(_BODY)
-    if first is not None and inner is not None and inner != first:
-        raise _refuse(fn, None, f"asks for {first!r} and for Message of {inner!r}: one event only")
-    if first is None:
-        if message is not None:
-            first = inner if inner is not None else dict
-        else:
-            first = asked.get(_DICT, asked.get(_BYTES, None))
-    if first is None:
+    if _BODY in asked:
+        name, first = asked[_BODY]
+        if inner is not None and inner != first:
+            raise _refuse(fn, name, f"is {first!r} beside Message of {inner!r}: one event only")
+    elif message is not None:
+        first = dict if inner is None else inner
+    elif _DICT in asked or _BYTES in asked:
+        name, first = asked.get(_DICT) or asked[_BYTES]
+    else:
         return Body(bare=bare)
     try:
         return body_of(first, bare)
     except ValueError as problem:
-        raise _refuse(fn, None, f"cannot take {first!r}: {problem}") from None
+        raise _refuse(fn, name, f"cannot be {first!r}: {problem}") from None
 
 
 def stream_body(types: Sequence[Any], bare: bool) -> Body:

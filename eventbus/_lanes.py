@@ -271,15 +271,8 @@ class Lane:
 
     def stats(self) -> HandlerStats:
         """The lane as it stands."""
-        return HandlerStats(
-            len(self.queue),
-            self.bytes,
-            self.delivered,
-            self.dropped,
-            self.failed,
-            self.skipped,
-            self.conflated,
-        )
+        figures = (len(self.queue), self.bytes, self.delivered, self.dropped, self.failed)
+        return HandlerStats.of(figures, self.skipped, self.conflated)
 
     # -- The reader's side -------------------------------------------------------------------------
 

@@ -118,16 +118,27 @@ class Health:
         return self.state in ("live", "degraded")
 
 
-class HandlerStats(NamedTuple):
-    """One handler's lane: messages and bytes that wait, and what became of the others."""
+class _Lane(NamedTuple):
+    depth: int
+    bytes: int
+    delivered: int
+    dropped: int
+    failed: int
 
-    depth: int = 0
-    bytes: int = 0
-    delivered: int = 0
-    dropped: int = 0
-    failed: int = 0
-    skipped: int = 0
-    conflated: int = 0
+
+class HandlerStats(_Lane):
+    """One handler's lane: ``(depth, bytes, delivered, dropped, failed)``; messages and bytes that
+    wait, and what became of the others. `skipped` and `conflated` are attributes beside these."""
+
+    skipped: int
+    conflated: int
+
+    @classmethod
+    def of(cls, lane: tuple[int, int, int, int, int], skipped: int, conflated: int) -> Self:
+        """The figures of one lane."""
+        stats = cls(*lane)
+        stats.skipped, stats.conflated = skipped, conflated
+        return stats
 
 
 class Stats(NamedTuple):

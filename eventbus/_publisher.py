@@ -15,7 +15,7 @@ from time import time_ns
 from types import MappingProxyType
 from typing import Any
 
-from eventbus._envelope import DATA, encode_data, write_head, write_headers
+from eventbus._envelope import DATA, encode_data, is_plain, write_head, write_headers
 from eventbus._errors import (
     BusUnavailable,
     InvalidChannel,
@@ -26,7 +26,7 @@ from eventbus._errors import (
 from eventbus._events import Event, channel_of
 from eventbus._messages import EMPTY, Header, Message, Receipt, check_headers
 from eventbus._patterns import check_channel
-from eventbus._reports import Reports
+from eventbus._reports import Reports, inside
 from eventbus._settings import Settings
 from eventbus.transports.base import Outcome, Outgoing, Transport
 
@@ -216,6 +216,8 @@ class Publisher:
         if not isinstance(message.event, Event):
             raise InvalidEvent("a publish middleware passed on something that is no Event")
         check_headers(message.headers)
+        if not is_plain(str(message.id).encode("utf-8", "replace")):
+            raise InvalidEvent("a publish middleware passed on an id that is no plain text")
         time = (message.time or datetime.now(UTC)).astimezone(UTC)
         headers = MappingProxyType(dict(message.headers))
         outgoing = self._encode(
@@ -228,7 +230,7 @@ class Publisher:
             await self._through(0, message)
         except Exception as error:
             self.failed += 1
-            await self._reports.report(error, message, "publish")
+            await self._report(error, message)
 
     # -- Outcomes --------------------------------------------------------------------------------
 
@@ -244,27 +246,29 @@ class Publisher:
         if known is not None and isinstance(outcome, Exception):
             self.failed += 1
             message = Message(known[1], known[0], id=outgoing.id, source=self._source)
-            report = self._reports.report(outcome, message, "publish_nowait")
-            self._keep(self._loop.create_task(report))
+            self._keep(self._loop.create_task(self._report(outcome, message)))
+
+    async def _report(self, error: Exception, message: Message[Any]) -> None:
+        inside.set(asyncio.current_task())
+        await self._reports.report(error, message, "publish_nowait")
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def drain(self) -> None:
+    async def drain(self, caller: asyncio.Task[Any] | None) -> None:
         """Return when everything published has an outcome, and each was reported."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
         await self._transport.flush()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while tasks := self._tasks - {caller}:
+            await asyncio.wait(tasks)
 
-    async def close(self) -> None:
+    async def close(self, caller: asyncio.Task[Any] | None) -> None:
         """Cancel what is still being reported."""
-        for task in list(self._tasks):
+        tasks = self._tasks - {caller}
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
 
 
 def _arguments(channel: object, event: object) -> tuple[str, Event]:

@@ -5,8 +5,10 @@ Names in the log are escaped and payloads are never logged.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,9 @@ from eventbus._messages import Message
 
 logger = logging.getLogger("eventbus")
 logger.addHandler(logging.NullHandler())
+
+inside: ContextVar[asyncio.Task[Any] | None] = ContextVar("inside", default=None)
+"""The task of the bus that calls the user's code here, also in tasks which that code started."""
 
 ErrorHandler = Callable[[Any, Message[Any]], Awaitable[None] | None]
 

@@ -112,7 +112,7 @@ class Declarations:
         self, fn: Callable[..., Any], patterns: Sequence[Pattern], options: Options, **known: Any
     ) -> CallPlan:
         bare = self._bare or options.wire == "bare"
-        return plan_call(fn, patterns, bus_type=Declarations, bare=bare, **known)
+        return plan_call(fn, patterns, bare=bare, **known)
 
     def _include(self, other: Declarations, prefix: str) -> None:
         """Take over what another collected, with this prefix before its own."""

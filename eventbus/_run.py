@@ -23,7 +23,7 @@ from eventbus._messages import Health, State
 from eventbus._patterns import Pattern, check_channel, decode_name
 from eventbus._publisher import Middleware, Publisher
 from eventbus._receiver import Receiver
-from eventbus._reports import Reports, logger
+from eventbus._reports import Reports, inside, logger
 from eventbus._router import Command
 from eventbus._routes import Declaration, GapDeclaration
 from eventbus._sequences import Outbound
@@ -55,9 +55,12 @@ class Run:
         self._on_stopped = on_stopped
         self._pid = os.getpid()
         self._ready = False
+        self._over = False
+        self.ended = asyncio.Event()
         self._hurry = asyncio.Event()
         self._caller: asyncio.Task[Any] | None = None
         self._client: Any = None
+        self._fatal_error: str | None = None
         self._instance = uuid.uuid4().hex[:16]
         source = f"{settings.name}/{self._instance}"
         self.receiver = Receiver(
@@ -80,16 +83,18 @@ class Run:
         )
 
     def check_here(self) -> None:
-        """Raise BusClosed when called from another loop or process than that of the start."""
+        """Raise BusClosed when this run is over, and when called from another loop or process."""
+        if self._over:
+            raise BusClosed("the bus was stopped: what belongs to a run ends with it")
         if self._pid != os.getpid():
             raise BusClosed(
                 f"the bus was started in process {self._pid}: start one in each process, after the"
                 " fork"
             )
-        if asyncio.get_running_loop() is not self.loop:
+        if _running_loop() is not self.loop:
             raise BusClosed(
                 "the bus belongs to another event loop: from a start to its stop, use it in the"
-                " loop that started it"
+                " loop that started it (a `def` handler runs in a thread: make it `async def`)"
             )
 
     # -- Start -----------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ class Run:
             self._check_lengths(fresh)
             self.send(self.receiver.add(lane, fresh))
             async with asyncio.timeout(timeout):
-                denied = await self.receiver.settled(fresh)
+                denied = await self.receiver.settled(patterns)
             if denied and self._settings.on_denied == "raise":
                 raise self._denied(denied)
         except BaseException as error:
@@ -192,8 +197,8 @@ class Run:
 
     def begin_stop(self) -> asyncio.Task[None]:
         """The task that stops this run; a second call gives the same one."""
-        if self.stopping is None:
-            self._caller = asyncio.current_task()
+        if self.stopping is None or self.stopping.cancelled():
+            self._caller = inside.get()
             self.stopping = self.loop.create_task(self._stop(), name="eventbus stop")
         return self.stopping
 
@@ -204,6 +209,8 @@ class Run:
             await asyncio.shield(stopping)
         except asyncio.CancelledError:
             self._hurry.set()
+            if inside.get() is not None and self._over:
+                raise  # the stop itself ends this task, and waits for that
             with anyio.CancelScope(shield=True):
                 while not stopping.done():
                     with suppress(asyncio.CancelledError):
@@ -213,6 +220,7 @@ class Run:
     def _fatal(self, error: BaseException) -> None:
         """A handler raised KeyboardInterrupt or SystemExit: that ends the bus."""
         logger.error("a handler raised %s: the bus stops", type(error).__name__)
+        self._fatal_error = type(error).__name__
         self.begin_stop()
 
     async def _stop(self) -> None:
@@ -235,17 +243,18 @@ class Run:
         finally:
             await self.close()
             self._on_stopped(self)
+            self.ended.set()
 
     async def _drain(self) -> None:
         await self.receiver.unsubscribe(self.send)
         await self.receiver.drain(self._caller)
-        await self.publisher.drain()
+        await self.publisher.drain(self._caller)
 
     async def close(self) -> None:
         """Cancel what still runs and close every connection. Idempotent."""
-        self._ready = False
-        await self.receiver.close()
-        await self.publisher.close()
+        self._ready, self._over = False, True
+        await self.receiver.close(self._caller)
+        await self.publisher.close(self._caller)
         await self.transport.stop()
         client, self._client = self._client, None
         if client is not None:
@@ -261,7 +270,9 @@ class Run:
         denied = tuple(decode_name(item.name) for item in router.denied)
         state: State = "live"
         reason = None
-        if not self._ready:
+        if self._fatal_error is not None:
+            state, reason = "closed", f"a handler raised {self._fatal_error}"
+        elif not self._ready:
             state, reason = "starting", status.reason or "waiting for Redis"
         elif not status.receiving:
             state, reason = "down", status.reason or "not connected"
@@ -282,6 +293,13 @@ class Run:
         if self._client is None:
             self._client = self.transport.redis()
         return self._client
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _listed(patterns: Sequence[Pattern]) -> str:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from eventbus._errors import InvalidChannel
 from eventbus._messages import Buffer
 from eventbus._patterns import check_channel, escape
 
@@ -33,7 +34,10 @@ class Settings:
         if self.namespace:
             if escape(self.namespace) != self.namespace:
                 raise ValueError("namespace must not hold glob characters or braces")
-            check_channel(self.namespace)
+            try:
+                check_channel(self.namespace)
+            except InvalidChannel as error:
+                raise ValueError(f"namespace: {error}") from None
         if self.wire not in (None, "bare"):
             raise ValueError('wire is None or "bare"')
         if self.outage not in ("fail", "drop") and not isinstance(self.outage, Buffer):

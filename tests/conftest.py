@@ -6,6 +6,7 @@ configures one starts its own `Server`.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import hypothesis
 import pytest
 
 from eventbus.server import Server
+from tests.helpers import Lines
 
 DEBIAN = "/usr/bin/redis-server"
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -69,6 +71,18 @@ def url(request: pytest.FixtureRequest) -> str:
         return f"memory://{secrets.token_hex(6)}"
     found: Server = request.getfixturevalue({"redis": "debian_redis"}.get(request.param, "valkey"))
     return found.url
+
+
+@pytest.fixture
+def log() -> Iterator[Lines]:
+    """What the bus logs during the test."""
+    lines = Lines()
+    logger = logging.getLogger("eventbus")
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(lines)
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -47,6 +48,29 @@ class Seen(list[T]):
                 self._grew.clear()
                 await self._grew.wait()
         return self
+
+
+class Lines(logging.Handler):
+    """The log lines of the bus, and a way to wait for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._changed = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        self._changed.set()
+
+    async def hear(self, text: str, seconds: float = 10.0) -> str:
+        """The first line with this text in it, past or to come."""
+        async with asyncio.timeout(seconds):
+            while True:
+                for line in self.lines:
+                    if text in line:
+                        return line
+                self._changed.clear()
+                await self._changed.wait()
 
 
 def write(event: Event, *, number: int = 1, **headers: Any) -> bytes:

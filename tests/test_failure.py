@@ -6,7 +6,6 @@ Each test has a server of its own. Waits are for what the bus says: gaps, log li
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -28,7 +27,7 @@ from eventbus import (
     PublishUncertain,
 )
 from eventbus.server import Server
-from tests.helpers import Seen, soon
+from tests.helpers import Lines, Seen, soon
 
 HEARTBEAT = 0.3
 
@@ -45,44 +44,9 @@ def server() -> Iterator[Server]:
         yield server
 
 
-class Lines(logging.Handler):
-    """The log lines of the bus, and a way to wait for one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-        self._changed = asyncio.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-        self._changed.set()
-
-    async def hear(self, text: str, seconds: float = 10.0) -> str:
-        """The first line with this text in it, past or to come."""
-        async with asyncio.timeout(seconds):
-            while True:
-                for line in self.lines:
-                    if text in line:
-                        return line
-                self._changed.clear()
-                await self._changed.wait()
-
-
-@pytest.fixture
-def log() -> Iterator[Lines]:
-    """What the bus logs during the test."""
-    lines = Lines()
-    logger = logging.getLogger("eventbus")
-    logger.addHandler(lines)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(lines)
-    logger.setLevel(logging.NOTSET)
-
-
 def listener(url: str, **settings: Any) -> tuple[EventBus, Seen[int], Seen[Gap]]:
     """A bus that notes what arrives on `note:*`, and its gaps."""
-    bus = EventBus(url, heartbeat=HEARTBEAT, **settings)
+    bus = EventBus(url, **{"heartbeat": HEARTBEAT, **settings})
     seen: Seen[int] = Seen()
     gaps: Seen[Gap] = Seen()
 

@@ -74,7 +74,7 @@ class Outbox:
             raise BusUnavailable(
                 f"{self._waiting_bytes} bytes wait to be written to {self._shown} already"
                 " (max_pending_bytes); certainly not sent",
-                channel=decode_name(outgoing.channel),
+                channel=self._name(outgoing),
                 id=outgoing.id,
             )
         outgoing.deadline = now + timeout
@@ -171,7 +171,7 @@ class Outbox:
             self._report_empty()
 
     def _refusal(self, outgoing: Outgoing, text: str) -> EventBusError:
-        channel = decode_name(outgoing.channel)
+        channel = self._name(outgoing)
         if text.startswith("NOPERM"):
             user = self.user or "default"
             return PermissionDenied(
@@ -321,6 +321,10 @@ class Outbox:
             outgoing.finish(self._unavailable(outgoing, now))
         return min((outgoing.deadline for outgoing in self._backlog.values()), default=None)
 
+    def _name(self, outgoing: Outgoing) -> str:
+        """The channel as its publisher named it, without the namespace."""
+        return decode_name(outgoing.channel[len(self._settings.prefix.encode()) :])
+
     def _unavailable(self, outgoing: Outgoing, now: float) -> BusUnavailable:
         waited = now - outgoing.born
         why = "could not be written to" if self._link is not None else "cannot be reached at"
@@ -328,7 +332,7 @@ class Outbox:
         return BusUnavailable(
             f"Redis {why} {self._shown}{reason}: after {waited:.1f} s the message is given up;"
             " certainly not sent",
-            channel=decode_name(outgoing.channel),
+            channel=self._name(outgoing),
             id=outgoing.id,
             waited=waited,
         )
@@ -338,7 +342,7 @@ class Outbox:
         return PublishUncertain(
             f"the message was written to {self._shown} and got no answer in {waited:.1f} s"
             f" ({reason}): it may have arrived; it is not sent again",
-            channel=decode_name(outgoing.channel),
+            channel=self._name(outgoing),
             id=outgoing.id,
             waited=waited,
         )

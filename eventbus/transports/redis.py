@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from redis.backoff import FullJitterBackoff
@@ -115,6 +116,7 @@ class RedisTransport:
         self._outbox: Outbox | None = None
         self._liveness: Liveness | None = None
         self._connected: asyncio.Future[None] | None = None
+        self._time: Callable[[], float] = monotonic  # of the loop, from the start on
 
     async def start(
         self, sink: Sink, settings: Settings, bus_id: str, number: Callable[[bytes], int]
@@ -122,6 +124,7 @@ class RedisTransport:
         """See `Transport.start`. Raises PermissionDenied for wrong credentials, BusUnavailable for
         a certificate that is not good; otherwise tries until it is cancelled."""
         loop = asyncio.get_running_loop()
+        self._time = loop.time
         prefix = settings.prefix.encode()
         probe = prefix + PROBE_PREFIX + bus_id.encode()
         self._connected = loop.create_future()
@@ -235,8 +238,7 @@ class RedisTransport:
                 if keeper.reason is not None:
                     status.reason = f"{keeper.role}: {keeper.reason}"
         if self._inbox is not None and self._inbox.last_read is not None:
-            loop = asyncio.get_running_loop()
-            status.last_received_age = loop.time() - self._inbox.last_read
+            status.last_received_age = self._time() - self._inbox.last_read
         if self._liveness is not None:
             status.probe = self._liveness.state
             status.round_trip = self._liveness.round_trip
