@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
@@ -28,7 +28,6 @@ from eventbus._routes import Declarations, Messages, Route, Router, patterns_of
 from eventbus._run import Run
 from eventbus._settings import Settings
 from eventbus.transports import transport_for
-from eventbus.transports.base import Outgoing
 
 E = TypeVar("E")
 M = TypeVar("M", bound=Middleware)
@@ -215,7 +214,7 @@ class EventBus(Declarations):
                     loop.remove_signal_handler(number)
 
     @asynccontextmanager
-    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+    async def lifespan(self, app: object = None) -> AsyncGenerator[None, None]:
         """For ASGI applications: ``Starlette(lifespan=bus.lifespan)``."""
         async with self:
             yield
@@ -242,14 +241,14 @@ class EventBus(Declarations):
         """
         publisher = self._here().publisher
         begun = publisher.begin(channel, event)
-        if not isinstance(begun, Outgoing):
+        if not isinstance(begun, tuple):
             return await begun
+        outgoing, future = begun
         try:
-            receivers = await begun.future  # type: ignore[misc]  # set by `begin`
+            return Receipt(outgoing.id, await future)
         except asyncio.CancelledError:
-            publisher.withdraw(begun)
+            publisher.withdraw(outgoing)
             raise
-        return Receipt(begun.id, receivers)
 
     @overload
     def publish_nowait(self, channel: str, event: Event, /) -> str: ...

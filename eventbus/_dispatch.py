@@ -16,7 +16,7 @@ from anyio import to_thread
 
 from eventbus._envelope import Frame, message_of
 from eventbus._errors import InvalidEvent
-from eventbus._handlers import SKIP, CallPlan
+from eventbus._handlers import SKIP
 from eventbus._lanes import TURN, Item, Lane, Target
 from eventbus._messages import EMPTY, Message
 from eventbus._reports import Reports, inside
@@ -154,8 +154,9 @@ class Dispatcher:
     async def _call(
         self, target: Target, frame: Frame, event: Any, message: Message[Any] | None
     ) -> Any:
-        plan: CallPlan = target.lane.plan  # type: ignore[assignment]  # a stream calls nothing
-        timeout = target.lane.options.timeout
+        plan, timeout = target.lane.plan, target.lane.options.timeout
+        if plan is None:
+            return None  # a stream calls nothing
         call = partial(plan.call, event, frame, target.static, message)
         if plan.threaded:
             return await self._call_thread(target, frame, event, call, timeout)

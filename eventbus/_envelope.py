@@ -54,8 +54,8 @@ _MAX_REASONS = 10
 
 own_layout = _OWN.match
 """Recognise our own layout, without headers: source, type, time and number as groups, the data from
-the end of the match to the last byte but one. What is not `is_plain` or no `time_of`, and everything
-that does not match, goes through `peek`."""
+the end of the match to the last byte but one. What is not `is_plain` or no `time_of`, and
+everything that does not match, goes through `peek`."""
 
 
 def is_plain(text: bytes) -> bool:
@@ -98,8 +98,9 @@ class _Envelope(BaseModel):
 
 
 class Head(NamedTuple):
-    """What the envelope says beside the data. `number` is `busseq`, None when there is none; `short`
-    is where the data begins when the layout is our own, else 0; `binary` is `data_base64`."""
+    """What the envelope says beside the data. `number` is `busseq`, None when there is none;
+    `short` is where the data begins when the layout is our own, else 0; `binary` is
+    `data_base64`."""
 
     id: str
     source: bytes
@@ -183,7 +184,8 @@ class Reader:
     """How one kind of body is read from a payload: an event class, a model, a dict.
 
     `key` names the kind; frames keep what was read under it when `shared`, so that several handlers
-    share one decode. `direct` validates bare JSON bytes; `names` are the fields that errors may name.
+    share one decode. `direct` validates bare JSON bytes; `names` are the fields that errors may
+    name.
     """
 
     __slots__ = ("direct", "key", "label", "names", "shared", "_wrapped")
@@ -294,8 +296,8 @@ def model_reader(annotation: Any) -> Reader:
 # -- What is known of a class ----------------------------------------------------------------------
 
 _IMMUTABLE = frozenset(
-    "str int bool float decimal uuid date time datetime timedelta bytes none literal enum complex url"
-    " multi-host-url nullable union tagged-union tuple frozenset default model model-fields"
+    "str int bool float decimal uuid date time datetime timedelta bytes none literal enum complex"
+    " url multi-host-url nullable union tagged-union tuple frozenset default model model-fields"
     " model-field definitions definition-ref".split()
 )
 _EXACT: dict[str, type] = {"str": str, "int": int, "bool": bool, "uuid": UUID}
@@ -333,8 +335,8 @@ def _names(nodes: Sequence[dict[str, Any]]) -> frozenset[str]:
 
 
 def _exact_types(cls: type[BaseModel]) -> tuple[type, ...] | None:
-    """The exact types of a flat class's values, when these alone prove that its JSON is read back as
-    it was: plain text, whole numbers, truth values and UUIDs, without rules of their own."""
+    """The exact types of a flat class's values, when these alone prove that its JSON is read back
+    as it was: plain text, whole numbers, truth values and UUIDs, without rules of their own."""
     types: list[type] = []
     model: Any = cls.__pydantic_core_schema__
     inner = model.get("schema", {})

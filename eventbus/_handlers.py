@@ -8,10 +8,10 @@ and what is available. Nothing is inspected per message. Pure.
 from __future__ import annotations
 
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -62,7 +62,6 @@ class Body:
         if self._reader is None:
             return frame.payload
         return self._reader.read_bare(frame.payload) if self.bare else frame.body(self._reader)
-
 
     def _decode_typed(self, frame: Frame, readers: dict[bytes, Reader]) -> Any:
         type = frame.envelope().type
@@ -124,7 +123,7 @@ def body_of(annotation: Any, bare: bool = False) -> Body:
         return Body(bare=bare)
     if annotation is dict or get_origin(annotation) is dict or annotation is Any:
         return Body(DICT, bare=bare)
-    members = _members(annotation)
+    members: tuple[Any, ...] = _members(annotation)
     if not _is_body(annotation):
         raise ValueError("it is no event class, model, dict, bytes, Message or EventBus")
     if bare:
@@ -182,8 +181,8 @@ class CallPlan:
         )
 
     def static(self, captures: Mapping[str, str], bus: object) -> dict[str, Any] | None:
-        """The arguments that are the same for every message of one channel; None when a capture does
-        not convert."""
+        """The arguments that are the same for every message of one channel; None when a capture
+        does not convert."""
         found: dict[str, Any] = {}
         for name, adapter in self._captures.items():
             if name in captures:
@@ -225,14 +224,14 @@ class CallPlan:
 
 def name_of(fn: Callable[..., Any]) -> str:
     """What a handler is called in stats, logs and gaps."""
-    while hasattr(fn, "func"):  # functools.partial
+    while isinstance(fn, partial):
         fn = fn.func
     return getattr(fn, "__name__", type(fn).__name__)
 
 
 def is_async(fn: Callable[..., Any]) -> bool:
     """Whether calling it gives an awaitable (`async def`, also inside a partial or an object)."""
-    while hasattr(fn, "func"):
+    while isinstance(fn, partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None)  # noqa: B004  # an object whose __call__ is async
@@ -242,8 +241,10 @@ def is_async(fn: Callable[..., Any]) -> bool:
 def names_of_caller() -> Callable[[], Mapping[str, Any]]:
     """The local names of the function that called the caller: where a handler is declared inside a
     function, its annotations may be classes of that function."""
-    frame = sys._getframe(2)  # noqa: SLF001  # there is no public way to a caller's frame
-    return lambda: frame.f_locals
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame and frame.f_back
+    return lambda: frame.f_locals if frame else {}
 
 
 def signature_of(

@@ -60,8 +60,8 @@ class Options:
 class Target:
     """Where the frames of one channel go: a lane, and all that is the same for each of them.
 
-    `static` are arguments of the handler. When a capture did not convert (None is given), nothing of
-    this channel is for the lane: such frames are skipped.
+    `static` are arguments of the handler. When a capture did not convert (None is given), nothing
+    of this channel is for the lane: such frames are skipped.
     """
 
     __slots__ = ("captures", "channel", "converts", "lane", "pattern", "static")
@@ -93,9 +93,9 @@ and None when the layout is not our own), and the frame that several lanes share
 tuple: one is made per message and handler."""
 
 
-# A queue has `append` (which may return an item that the new one replaced), `popleft` (the next item to
-# work on) and `drop` (the item to give up), both IndexError when there is none; `done` is told when an
-# item was worked on, if anything depends on it.
+# A queue has `append` (which may return an item that the new one replaced), `popleft` (the next item
+# to work on) and `drop` (the item to give up), both IndexError when there is none; `done` is told when
+# an item was worked on, if anything depends on it.
 
 
 class _Plain(deque[Item]):

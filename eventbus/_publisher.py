@@ -86,16 +86,19 @@ class Publisher:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
 
-    def begin(self, channel: str | Event, event: Event | None) -> Outgoing | Awaitable[Receipt]:
-        """Encode an event and hand it over; its `future` is the answer. With middleware in the way:
+    def begin(
+        self, channel: str | Event, event: Event | None
+    ) -> tuple[Outgoing, asyncio.Future[int | None]] | Awaitable[Receipt]:
+        """Encode an event and hand it over; the future is the answer. With middleware in the way:
         what does all of it, to be awaited."""
         name, event = _arguments(channel, event)
         if self._middleware:
             return self._through(0, self._message(name, event))
         outgoing = self._encode(name, event, self._next_id(), self._clock.now(), EMPTY)
-        outgoing.future = self._loop.create_future()
+        future: asyncio.Future[int | None] = self._loop.create_future()
+        outgoing.future = future
         self._hand_over(outgoing)
-        return outgoing
+        return outgoing, future
 
     async def _sent(self, outgoing: Outgoing) -> int | None:
         future: asyncio.Future[int | None] = self._loop.create_future()

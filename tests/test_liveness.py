@@ -200,7 +200,7 @@ async def test_a_second_drop_during_the_resubscribe_starts_from_the_full_set(
         async with bus:
             [pair] = proxy.living("subscriber")
             whole = pair.down
-            proxy.cuts = [whole // 10, whole // 2, whole // 3, whole - 20]
+            proxy.cuts = [whole // 10, whole // 2, whole // 3, whole * 3 // 4]
             proxy.cut("subscriber")
             await soon(gaps.reach(1), 15)
 

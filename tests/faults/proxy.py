@@ -23,8 +23,7 @@ _HEAD = 64 * 1024
 
 
 class Pair:
-    """One connection. `said` begins what the client said, swallowed or not; `up` and `down` count
-    the bytes that were handed on."""
+    """One connection. `said` is how the client began, `up` and `down` count what was handed on."""
 
     def __init__(self, mode: Mode, client: asyncio.StreamWriter) -> None:
         self.mode = mode
@@ -76,19 +75,18 @@ class Proxy:
         self._target = target
 
     def living(self, role: str | None = None) -> list[Pair]:
-        """The connections that are open, all or those of one role."""
+        """Those that are open, all or of one role."""
         return [pair for pair in self.pairs if pair.open and role in (None, pair.role)]
 
     def cut(self, role: str | None = None) -> None:
-        """End the connections that are open, all or those of one role."""
+        """End those that are open, all or of one role."""
         for pair in self.living(role):
             pair.cut()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.pairs.append(pair := Pair(self.mode, writer))
-        if (task := asyncio.current_task()) is not None:
+        if task := asyncio.current_task():
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         try:
             from_server, pair.server = await asyncio.open_connection("127.0.0.1", self._target)
             await asyncio.gather(self._up(pair, reader), self._down(pair, from_server))
