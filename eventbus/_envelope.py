@@ -342,7 +342,7 @@ def _exact_types(cls: type[BaseModel]) -> tuple[type, ...] | None:
     inner = model.get("schema", {})
     if "serialization" in model or inner.get("type") != "model-fields":
         return None
-    if model.get("config", {}).keys() - {"title", *Event.model_config}:
+    if model.get("config", {}).keys() - {"title", "extra_fields_behavior", *Event.model_config}:
         return None
     for field in inner["fields"].values():
         schema = field["schema"]
@@ -367,7 +367,11 @@ _PROVABLE = 4096
 
 @lru_cache(maxsize=1024)
 def event_writer(cls: type[Event]) -> Callable[[Event], bytes]:
-    """What writes events of a class; see `encode_data`."""
+    """What writes events of a class as JSON. It raises InvalidEvent for what no receiver could read,
+    or would read as something else.
+
+    The types of the values prove it where they can; else the bytes are read back and compared.
+    """
     cls.model_rebuild()
     to_json = cls.__pydantic_serializer__.to_json
     validate = cls.__pydantic_validator__.validate_json
@@ -375,40 +379,35 @@ def event_writer(cls: type[Event]) -> Callable[[Event], bytes]:
     kept = [name for name, field in cls.model_fields.items() if not field.exclude]
 
     def write(event: Event) -> bytes:
-        data: bytes = to_json(event, by_alias=True, warnings="error")
         values = event.__dict__
-        if tuple(map(type, values.values())) != exact or len(data) > _PROVABLE:
+        try:
+            if tuple(map(type, values.values())) == exact:
+                data: bytes = to_json(event)
+                if len(data) <= _PROVABLE:
+                    return data
+            data = to_json(event, by_alias=True, warnings="error")
             seen = validate(data).__dict__
-            for name in kept:
-                if seen[name] != values[name]:
-                    raise ValueError(f"{name}: what would be read back is not what was given")
-        return data
+            changed = [name for name in kept if seen[name] != values[name]]
+            if not changed:
+                return data
+            reasons = tuple(f"{name}: would be read as something else" for name in changed)
+        except ValidationError as error:
+            reasons = reasons_of(error, event_reader(cls).names)
+        except (PydanticSerializationError, ValueError, KeyError):  # their texts quote the data
+            reasons = ("a value does not fit its field, or has no JSON form",)
+        raise InvalidEvent(
+            f"{cls.__qualname__} cannot be published, since no receiver could read it:"
+            f" {'; '.join(reasons)}",
+            type=cls.__event_type__,
+            reasons=reasons,
+        )
 
     return write
 
 
 def encode_data(event: Event) -> bytes:
-    """The event as JSON. Raises InvalidEvent for what no receiver could read, or would read as
-    something else.
-
-    The types of the values prove it where they can; else the bytes are read back and compared.
-    """
-    cls = type(event)
-    reasons: tuple[str, ...] = ("a value does not fit its field, or has no JSON form",)
-    try:
-        return event_writer(cls)(event)
-    except ValidationError as error:
-        reasons = reasons_of(error, event_reader(cls).names)
-    except PydanticSerializationError:  # its text quotes the data
-        pass
-    except (ValueError, KeyError) as error:
-        reasons = (str(error),)
-    raise InvalidEvent(
-        f"{cls.__qualname__} cannot be published, since no receiver could read it:"
-        f" {'; '.join(reasons)}",
-        type=cls.__event_type__,
-        reasons=reasons,
-    )
+    """The event as JSON; see `event_writer`."""
+    return event_writer(type(event))(event)
 
 
 def write_head(source: str, type: str) -> tuple[bytes, bytes, bytes]:

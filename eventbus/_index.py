@@ -40,7 +40,12 @@ class Shape(NamedTuple):
 
     def covers(self, other: Shape) -> bool:
         """Whether this matches all that the other matches. Sound, as `_patterns.covers` is."""
-        return covers(self.tokens, other.tokens)
+        return (
+            self.needle in other.hay
+            and other.start.startswith(self.start)
+            and other.end.endswith(self.end)
+            and covers(self.tokens, other.tokens)
+        )
 
 
 def name_shape(name: bytes) -> Shape:

@@ -13,9 +13,16 @@ from functools import partial
 from itertools import count
 from time import time_ns
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-from eventbus._envelope import DATA, encode_data, is_plain, write_head, write_headers
+from eventbus._envelope import (
+    DATA,
+    encode_data,
+    event_writer,
+    is_plain,
+    write_head,
+    write_headers,
+)
 from eventbus._errors import (
     BusUnavailable,
     InvalidChannel,
@@ -56,6 +63,15 @@ def _spell(time: datetime) -> bytes:
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode()
 
 
+class _Kind(NamedTuple):
+    """How events of one class are written: the data, and what stands around id and time."""
+
+    write: Callable[[Event], bytes]
+    start: bytes
+    middle: bytes
+    end: bytes
+
+
 class Publisher:
     """Publishing on a started bus. `source` and `instance` are those of this start."""
 
@@ -81,7 +97,7 @@ class Publisher:
         self._count = count(1)
         self._clock = _Clock()
         self._channels: dict[str, bytes] = {}
-        self._heads: dict[str, tuple[bytes, bytes, bytes]] = {}
+        self._kinds: dict[type[Event], _Kind] = {}
         self.unwatched: dict[Outgoing, tuple[str, Event]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
@@ -179,24 +195,25 @@ class Publisher:
         self, channel: str, event: Event, id: str, time: bytes, headers: Mapping[str, Header]
     ) -> Outgoing:
         wire = self._channels.get(channel) or self._wire_name(channel)
-        data = encode_data(event)
+        kind = self._kinds.get(type(event)) or self._learn_kind(type(event))
+        data = kind.write(event)
         if self._bare:
             self._check_size(len(data), channel)
             return Outgoing(wire, data, b"", False, id, self)
-        type = event.__event_type__
-        head = self._heads.get(type) or self._learn_head(type)
         between = write_headers(headers) if headers else DATA
-        before = b"%b%b%b%b%b" % (head[0], id.encode(), head[1], time, head[2])
+        before = b"%b%b%b%b%b" % (kind.start, id.encode(), kind.middle, time, kind.end)
         after = b"%b%b}" % (between, data)
         if len(before) + len(after) + _ENVELOPE_ROOM > self._max_payload:
             self._check_size(len(before) + len(after) + _ENVELOPE_ROOM, channel)
         return Outgoing(wire, before, after, True, id, self)
 
-    def _learn_head(self, type: str) -> tuple[bytes, bytes, bytes]:
-        if len(self._heads) >= _MAX_CHANNELS:
-            self._heads.clear()
-        head = self._heads[type] = write_head(self._source, type)
-        return head
+    def _learn_kind(self, cls: type[Event]) -> _Kind:
+        """What is the same for every event of a class."""
+        if len(self._kinds) >= _MAX_CHANNELS:
+            self._kinds.clear()
+        head = write_head(self._source, cls.__event_type__)
+        kind = self._kinds[cls] = _Kind(event_writer(cls), *head)
+        return kind
 
     # -- Middleware ------------------------------------------------------------------------------
 

@@ -84,6 +84,8 @@ class Run:
 
     def check_here(self) -> None:
         """Raise BusClosed when this run is over, and when called from another loop or process."""
+        if self.loop is asyncio._get_running_loop() and not self._over:
+            return
         if self._over:
             raise BusClosed("the bus was stopped: what belongs to a run ends with it")
         if self._pid != os.getpid():
@@ -91,11 +93,10 @@ class Run:
                 f"the bus was started in process {self._pid}: start one in each process, after the"
                 " fork"
             )
-        if _running_loop() is not self.loop:
-            raise BusClosed(
-                "the bus belongs to another event loop: from a start to its stop, use it in the"
-                " loop that started it (a `def` handler runs in a thread: make it `async def`)"
-            )
+        raise BusClosed(
+            "the bus belongs to another event loop: from a start to its stop, use it in the"
+            " loop that started it (a `def` handler runs in a thread: make it `async def`)"
+        )
 
     # -- Start -----------------------------------------------------------------------------------
 
@@ -293,13 +294,6 @@ class Run:
         if self._client is None:
             self._client = self.transport.redis()
         return self._client
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 def _listed(patterns: Sequence[Pattern]) -> str:

@@ -15,14 +15,15 @@ def test_numbers_count_from_one() -> None:
     assert [outbound.take(c) for c in (b"a", b"b", b"a", b"a", b"b")] == [1, 1, 2, 3, 2]
 
 
-def test_outbound_forgets_the_least_recent() -> None:
-    """Over its limit a sender forgets the channel used least recently, which begins anew."""
-    outbound = Outbound(limit=2)
-    for channel in (b"a", b"b", b"a", b"c"):
-        outbound.take(channel)
-    assert len(outbound._last) == 2
-    assert outbound.take(b"a") == 3
-    assert outbound.take(b"b") == 1
+def test_outbound_forgets_what_is_not_in_use() -> None:
+    """Over its limit a sender forgets channels not used for long, which begin anew; one in use stays,
+    and never more than the limit are remembered."""
+    outbound = Outbound(limit=4)
+    for n in range(1, 20):
+        assert outbound.take(b"used") == n
+        assert outbound.take(b"other %d" % n) == 1
+        assert len(outbound._young) + len(outbound._old) <= 4
+    assert outbound.take(b"other 1") == 1
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,6 @@ def test_inbound_stays_consistent(steps: list[tuple[int, int, str]], limit: int)
 def test_the_default_limit() -> None:
     """65,536 are remembered unless said otherwise."""
     outbound = Outbound()
-    for number in range(LIMIT + 1):
+    for number in range(LIMIT):
         outbound.take(b"%d" % number)
-    assert len(outbound._last) == LIMIT == 65_536
-    assert outbound.take(b"0") == 1
+    assert len(outbound._old) + len(outbound._young) == LIMIT == 65_536

@@ -299,7 +299,7 @@ async def settled(tasks: set[asyncio.Task[object]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "option"),
+    "query, option",
     [
         ("?ssl_cert_reqs=none", "ssl_cert_reqs=none"),
         ("&ssl_check_hostname=false", "ssl_check_hostname=false"),

@@ -35,7 +35,10 @@ class Outbox:
 
     def __init__(self, settings: Settings, number: Callable[[bytes], int], shown: str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._settings = settings
+        self._time = self._loop.time
+        self._timeout = settings.publish_timeout
+        self._max_bytes = settings.max_pending_bytes
+        self._skip = len(settings.prefix.encode())
         self._number = number
         self._shown = shown
         self.user: str | None = None
@@ -59,8 +62,8 @@ class Outbox:
 
     def publish(self, outgoing: Outgoing) -> None:
         """Queue a message. Raises BusUnavailable when it is known that it cannot be sent."""
-        now = outgoing.born = self._loop.time()
-        timeout = self._settings.publish_timeout
+        now = outgoing.born = self._time()
+        timeout = self._timeout
         if self._link is None:
             if self._drops:
                 outgoing.finish("dropped")
@@ -70,7 +73,7 @@ class Outbox:
                 return
             if now - self._away_since > timeout:
                 raise self._unavailable(outgoing, now)
-        if self._waiting_bytes + outgoing.size > self._settings.max_pending_bytes:
+        if self._waiting_bytes + outgoing.size > self._max_bytes:
             raise BusUnavailable(
                 f"{self._waiting_bytes} bytes wait to be written to {self._shown} already"
                 " (max_pending_bytes); certainly not sent",
@@ -102,7 +105,7 @@ class Outbox:
             self._waiting_bytes -= replaced.size
             replaced.finish("conflated")
         while len(self._backlog) > policy.max_events or (
-            self._waiting_bytes > self._settings.max_pending_bytes
+            self._waiting_bytes > self._max_bytes
         ):
             _, oldest = self._backlog.popitem(last=False)
             self._waiting_bytes -= oldest.size
@@ -126,7 +129,7 @@ class Outbox:
         if link is None or link.paused or self._held:
             return
         waiting, written, number = self._waiting, self._written, self._number
-        grace = self._loop.time() + min(_GRACE, self._settings.publish_timeout)
+        grace = self._loop.time() + min(_GRACE, self._timeout)
         parts: list[bytes] = []
         size = 0
         while waiting and size < _BATCH:
@@ -200,7 +203,7 @@ class Outbox:
         self._link = link
         self._held = hold and bool(self._backlog)
         if self._held:
-            self._loop.call_later(self._settings.publish_timeout / 2, self.release)
+            self._loop.call_later(self._timeout / 2, self.release)
         link.on_replies = self._on_replies
         link.on_writable = self._flush
         self._expire()
@@ -323,7 +326,7 @@ class Outbox:
 
     def _name(self, outgoing: Outgoing) -> str:
         """The channel as its publisher named it, without the namespace."""
-        return decode_name(outgoing.channel[len(self._settings.prefix.encode()) :])
+        return decode_name(outgoing.channel[self._skip :])
 
     def _unavailable(self, outgoing: Outgoing, now: float) -> BusUnavailable:
         waited = now - outgoing.born
