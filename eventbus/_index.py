@@ -23,7 +23,7 @@ K = TypeVar("K", bound=tuple[Any, ...])
 
 class Shape(NamedTuple):
     """A name or a glob: its tokens, and what is literal in them. `start`, `end` and `hay` of a name
-    are the name itself; the runs in the hay of a glob are parted by zero bytes, which no name has."""
+    are the name itself. Zero bytes, which no name has, part the runs in the hay of a glob."""
 
     tokens: tuple[int, ...]
     start: bytes

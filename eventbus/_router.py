@@ -8,7 +8,8 @@ which none covers another, so that a message crosses the wire once. Each wanted 
 Carriers change only at points of the stream where the server itself changed: when a subscription is
 confirmed, or has ended. Between two such points every copy of a message meets the same carriers, so
 nothing is delivered twice or lost while the set changes. A subscription is let go only when all
-that it carries has a live cover; these `heirs` take over when it has ended.
+that it carries has a live cover; these `heirs` take over when it has ended. (So one that carries
+what the server denies by itself is kept.)
 
 Pure: every method changes the state and returns the commands to send; the caller does the I/O.
 """
@@ -149,7 +150,10 @@ class Router(Generic[R]):
         self.live[subscription] = self._moment
         self.version += 1
         if subscription in self._targets:
-            self._adopt(subscription)
+            for item in self._adoptable(subscription):
+                del self.denied[item]
+                self._targets[subscription].add(item)
+                self._cover[item] = subscription
         else:
             self._surplus.add(subscription)
         for member in self._targets.get(subscription, ()):
@@ -309,7 +313,7 @@ class Router(Generic[R]):
             target = self._covering(subscription)
             placed, ready = [subscription], True
             if target is None:
-                target, ready = subscription, not self.denied
+                target, ready = subscription, not self._adoptable(subscription)
                 placed += self._set_target(subscription)
             self._targets[target].update(placed)
             self._cover.update(dict.fromkeys(placed, target))
@@ -321,13 +325,10 @@ class Router(Generic[R]):
                 commands.append(Command(True, target))
         return commands
 
-    def _adopt(self, target: Subscription) -> None:
-        """What is denied by itself may be had through a target that is live."""
-        shape = self._shapes[target]
-        for item in [item for item in self.denied if shape.covers(self._shapes[item])]:
-            del self.denied[item]
-            self._targets[target].add(item)
-            self._cover[item] = target
+    def _adoptable(self, target: Subscription) -> list[Subscription]:
+        """What is denied by itself, and can be had through this target when it is live."""
+        shape = self._shape_of(target)
+        return [item for item in self.denied if shape.covers(self._shapes[item])]
 
     def _unwant(self, subscriptions: Iterable[Subscription]) -> list[Command]:
         """No route wants these any more."""

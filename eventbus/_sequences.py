@@ -1,14 +1,13 @@
 """The numbers that make loss visible: what was sent, and what was heard, per source and channel.
 
 A publisher numbers its messages on each channel from 1 (`busseq`); a hole in what arrives is a
-loss, and its size is exact. Both sides remember a bounded number of channels, least recently used
-first out: what is forgotten starts again as a first sight, so a count can be missing but never
-false. Pure: two bounded dictionaries.
+loss, and its size is exact. Both sides remember a bounded number and forget what was not used for
+long: that starts again as a first sight, so a count can be missing but never false. Pure: bounded
+dictionaries.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 
 LIMIT = 65_536
@@ -40,55 +39,57 @@ class Outbound:
 
 
 class Inbound:
-    """The last number heard from each source on each channel."""
+    """The last number heard from each source on each channel, in two generations as `Outbound`."""
 
-    __slots__ = ("_last", "_limit", "_sources")
+    __slots__ = ("_count", "_half", "_old", "_young")
 
     def __init__(self, limit: int = LIMIT) -> None:
-        self._last: OrderedDict[tuple[bytes, bytes], int] = OrderedDict()
-        self._sources: dict[bytes, set[bytes]] = {}
-        self._limit = limit
+        self._young: dict[bytes, dict[bytes, int]] = {}
+        self._old: dict[bytes, dict[bytes, int]] = {}
+        self._count = 0
+        self._half = max(1, limit // 2)
 
     def __len__(self) -> int:
-        return len(self._last)
+        generations = (*self._young.values(), *self._old.values())
+        return sum(len(sources) for sources in generations)
 
     def hear(self, channel: bytes, source: bytes, number: int) -> int:
         """How many messages are missing before this one.
 
         1, a first sight, and a number that is not greater than the last are a new baseline: 0.
         """
-        last = self._last
-        key = (channel, source)
-        known = last.get(key)
-        last[key] = number
-        if known is None:
-            self._remember(channel, source)
-            return 0
-        last.move_to_end(key)
+        sources = self._young.get(channel)
+        known = None if sources is None else sources.get(source)
+        if sources is None or known is None:
+            known = self._remember(channel, source, number)
+        else:
+            sources[source] = number
         return number - known - 1 if number > known and number != 1 else 0
 
-    def _remember(self, channel: bytes, source: bytes) -> None:
-        self._sources.setdefault(channel, set()).add(source)
-        if len(self._last) > self._limit:
-            (channel, source), _ = self._last.popitem(last=False)
-            sources = self._sources[channel]
-            sources.discard(source)
-            if not sources:
-                del self._sources[channel]
+    def _remember(self, channel: bytes, source: bytes, number: int) -> int:
+        """Put a pair into the young generation; the number before, or this one at a first sight."""
+        if self._count >= self._half:
+            self._old, self._young, self._count = self._young, {}, 0
+        before = self._old.get(channel, {})
+        known = before.pop(source, number)
+        if not before:
+            self._old.pop(channel, None)
+        self._young.setdefault(channel, {})[source] = number
+        self._count += 1
+        return known
 
     def forget(self, prefix: bytes, dead: Callable[[bytes], bool]) -> int:
         """Drop the channels under a literal prefix that are `dead`. Returns how many.
 
         For when a subscription ended: what is sent on them from now on is nobody's loss.
         """
-        known = self._sources
+        known = {*self._young, *self._old}
         gone = [c for c in known if c.startswith(prefix) and dead(c)]
         for channel in gone:
-            for source in known.pop(channel):
-                del self._last[channel, source]
+            self.forget_channel(channel)
         return len(gone)
 
     def forget_channel(self, channel: bytes) -> None:
         """Drop one channel: `forget` for a literal subscription, without a search."""
-        for source in self._sources.pop(channel, ()):
-            del self._last[channel, source]
+        self._count -= len(self._young.pop(channel, ()))
+        self._old.pop(channel, None)

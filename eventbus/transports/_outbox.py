@@ -104,9 +104,7 @@ class Outbox:
         if replaced is not None:
             self._waiting_bytes -= replaced.size
             replaced.finish("conflated")
-        while len(self._backlog) > policy.max_events or (
-            self._waiting_bytes > self._max_bytes
-        ):
+        while len(self._backlog) > policy.max_events or (self._waiting_bytes > self._max_bytes):
             _, oldest = self._backlog.popitem(last=False)
             self._waiting_bytes -= oldest.size
             oldest.finish("dropped")
