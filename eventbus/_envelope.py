@@ -367,8 +367,8 @@ _PROVABLE = 4096
 
 @lru_cache(maxsize=1024)
 def event_writer(cls: type[Event]) -> Callable[[Event], bytes]:
-    """What writes events of a class as JSON. It raises InvalidEvent for what no receiver could read,
-    or would read as something else.
+    """What writes events of a class as JSON. It raises InvalidEvent for what no receiver could
+    read, or would read as something else.
 
     The types of the values prove it where they can; else the bytes are read back and compared.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from asyncio import _get_running_loop
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -84,7 +85,7 @@ class Run:
 
     def check_here(self) -> None:
         """Raise BusClosed when this run is over, and when called from another loop or process."""
-        if self.loop is asyncio._get_running_loop() and not self._over:
+        if self.loop is _get_running_loop() and not self._over:
             return
         if self._over:
             raise BusClosed("the bus was stopped: what belongs to a run ends with it")

@@ -16,8 +16,8 @@ def test_numbers_count_from_one() -> None:
 
 
 def test_outbound_forgets_what_is_not_in_use() -> None:
-    """Over its limit a sender forgets channels not used for long, which begin anew; one in use stays,
-    and never more than the limit are remembered."""
+    """Over its limit a sender forgets channels not used for long, which begin anew; one in use
+    stays, and never more than the limit are remembered."""
     outbound = Outbound(limit=4)
     for n in range(1, 20):
         assert outbound.take(b"used") == n
@@ -58,8 +58,8 @@ def test_sources_and_channels_are_apart() -> None:
 
 
 def test_inbound_forgets_what_is_not_heard_any_more() -> None:
-    """Over its limit a receiver forgets pairs not heard for long: first sight again, no gap; one that
-    goes on being heard stays exact, and so does one of very many sources of one channel."""
+    """Over its limit a receiver forgets pairs not heard for long: first sight again, no gap; one
+    that goes on being heard stays exact, and so does one of very many sources of one channel."""
     inbound = Inbound(limit=8)
     for n in range(1, 40):
         assert inbound.hear(b"c", b"s", 2 * n) == (n > 1)
