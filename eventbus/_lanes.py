@@ -93,9 +93,9 @@ and None when the layout is not our own), and the frame that several lanes share
 tuple: one is made per message and handler."""
 
 
-# A queue has `append` (which may return an item that the new one replaced), `popleft` (the next one
-# to work on) and `drop` (the one to give up), both IndexError when there is none; `done` is told when
-# an item was worked on, if anything depends on it.
+# A queue has `append` (which may return an item that the new one replaced), `popleft` (the next
+# to work on) and `drop` (the one to give up), both IndexError when there is none; `done` is told
+# when an item was worked on, if anything depends on it.
 
 
 class _Plain(deque[Item]):

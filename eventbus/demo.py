@@ -251,9 +251,9 @@ class Process:
                 raise RuntimeError(f"{self.name} ended, or hangs, and never came to {until!r}")
 
     async def stop(self) -> None:
-        """End it, whatever it is doing."""
-        if self._process.returncode is None:
-            self._process.terminate()
+        """End it, whatever it is doing: its words end, and so does it; else by force."""
+        if self._process.stdin:
+            self._process.stdin.close()
         if not (await asyncio.wait({self._reading}, timeout=5.0))[0]:
             self._process.kill()
         await self._process.wait()

@@ -478,12 +478,12 @@ def test_no_message_is_missed_or_repeated_whatever_changes(say: Callable[[str], 
     run_state_machine_as_test(
         Plan,
         settings=settings(
-            max_examples=60 * CAMPAIGN,
+            max_examples=40 * CAMPAIGN,
             stateful_step_count=50,
             suppress_health_check=list(HealthCheck),
         ),
     )
-    walks = [walk(seed, 200) for seed in range(1000 * CAMPAIGN)]
+    walks = [walk(seed, 200) for seed in range(600 * CAMPAIGN)]
     switches, messages, delivered = (
         sum(getattr(model, name) for model in walks) for name in ("switches", "number", "delivered")
     )
@@ -517,8 +517,8 @@ def test_the_server_changes_first() -> None:
     assert router.add("wide", patterns("a*")) == sub(glob("a*"))
     assert routes_of(router, literal("ab"), "ab") == ["narrow"]
     assert router.confirmed(glob("a*")) == unsub(literal("ab"))
-    assert routes_of(router, literal("ab"), "ab") == ["narrow"]
-    assert routes_of(router, glob("a*"), "ab") == ["wide"]
+    assert routes_of(router, literal("ab"), "ab") == []
+    assert routes_of(router, glob("a*"), "ab") == ["narrow", "wide"]
     assert router.ended(literal("ab")) == []
     assert routes_of(router, glob("a*"), "ab") == ["narrow", "wide"]
 
@@ -537,19 +537,16 @@ def test_routes_leave_in_one_step() -> None:
 def test_an_heir_waits_until_it_has_taken_over() -> None:
     """What carries on for a subscription that is leaving is kept until that has ended."""
     router: Router[str] = Router()
-    wide, middle, narrow = glob("a*"), glob("ab*"), literal("abc")
-    router.add("wide", patterns("a*"))
-    router.confirmed(wide)
-    router.add("denied", patterns("az"))
-    assert router.remove("wide", patterns("a*")) == sub(literal("az"))
-    assert router.refused(literal("az")) == []  # `a*` stays for it
-    router.add("narrow", patterns("abc"))
-    router.confirmed(narrow)
-    router.add("middle", patterns("ab*"))
-    assert router.confirmed(middle) == unsub(narrow)
-    assert router.add("wide", patterns("a*")) == sub(wide)
-    assert router.ended(narrow) == unsub(middle)
-    assert routes_of(router, middle, "abc") == ["middle", "narrow"]
+    for text in ("ab*", "*c"):
+        router.add(text, patterns(text))
+        router.confirmed(glob(text))
+    assert router.add("both", patterns("abc")) == []
+    assert router.remove("ab*", patterns("ab*")) == unsub(glob("ab*"))
+    assert routes_of(router, glob("ab*"), "abc") == ["both"]
+    assert router.remove("*c", patterns("*c")) == sub(literal("abc"))  # `*c` is the heir
+    assert router.ended(glob("ab*")) == []
+    assert routes_of(router, glob("*c"), "abc") == ["both"]
+    assert router.confirmed(literal("abc")) == unsub(glob("*c"))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -699,9 +696,17 @@ def test_an_end_that_was_not_asked_for() -> None:
 # -- Size ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", ["chat:room-{}", "chat:room-{}:*", "chat:*:{}", "{}:*:typing"])
-def test_ten_thousand_patterns(
-    shape: str, monkeypatch: pytest.MonkeyPatch, say: Callable[[str], None]
+@pytest.mark.parametrize(
+    "shape, count",
+    [
+        ("chat:room-{}:*", 10_000),
+        ("chat:room-{}", 2000),
+        ("chat:*:{}", 2000),
+        ("{}:*:typing", 2000),
+    ],
+)
+def test_thousands_of_patterns(
+    shape: str, count: int, monkeypatch: pytest.MonkeyPatch, say: Callable[[str], None]
 ) -> None:
     """The number of exact comparisons grows no faster than the number of patterns."""
     compared = 0
@@ -713,7 +718,7 @@ def test_ten_thousand_patterns(
 
     monkeypatch.setattr(_index, "covers", counting)
     router: Router[int] = Router()
-    every = [Pattern(shape.format(i)) for i in range(10_000)]
+    every = [Pattern(shape.format(i)) for i in range(count)]
     started = perf_counter()
     for i, pattern in enumerate(every):
         for command in router.add(i, [pattern]):
@@ -723,8 +728,8 @@ def test_ten_thousand_patterns(
         for command in router.remove(i, [pattern]):
             router.ended(command.subscription)
     say(
-        f"router, 10,000 times {shape}: {compared} comparisons,"
+        f"router, {count} times {shape}: {compared} comparisons,"
         f" added in {added - started:.2f} s, removed in {perf_counter() - added:.2f} s"
     )
-    assert compared <= 40_000
+    assert compared <= 4 * count
     assert not router.live
