@@ -553,15 +553,17 @@ def test_an_heir_waits_until_it_has_taken_over() -> None:
 def test_nothing_is_carried_anew_between_two_copies(seed: int) -> None:
     """A pattern that waits is not carried in the midst of a message that another pattern took."""
     model = Model()
-    for text in ("a*c", "ab*"):
+    for text in ("*zz", "a*c", "ab*"):
         model.attach([text])
     model.settle()
     third = model.attach(["*bc"])
-    route = model.attach(["abc"])  # covered by `*bc`, which is not confirmed yet
+    route = model.attach(["abc"])
+    assert model.router._cover[literal("abc")] == glob("*bc")  # which is not confirmed yet
     model.add(route, ["ab*"])
     model.publish("abc", seed)
     model.read(1)
-    model.detach(third)  # `a*c` is live and covers `abc`: from its next confirmation on
+    model.detach(third)
+    assert model.router._cover[literal("abc")] == glob("a*c")  # which is live
     model.read(1)
     assert model.got[route] == [1]
     model.finish()
@@ -703,6 +705,7 @@ def test_an_end_that_was_not_asked_for() -> None:
         ("chat:room-{}", 2000),
         ("chat:*:{}", 2000),
         ("{}:*:typing", 2000),
+        ("*-{}-*", 500),
     ],
 )
 def test_thousands_of_patterns(
