@@ -160,7 +160,7 @@ class EventBus(Declarations):
         Raises PermissionDenied with all denied patterns, BusUnavailable when Redis is not reached
         within `connect_timeout`; a wrong password or certificate fails at once.
         """
-        if self._run is not None:
+        if self._run is not None and self._run.is_alive():
             raise EventBusError("the bus is running already (or another task is starting it)")
         run = self._run = self._last = Run(
             self,
@@ -292,7 +292,7 @@ class EventBus(Declarations):
 
         async def confirmed() -> Route:
             lane = run.receiver.listen(plan.name, options, plan.body, plan)
-            await run.add(lane, parsed)
+            await run.add(lane, parsed, is_new=True)
             return Route(run, lane)
 
         return confirmed()

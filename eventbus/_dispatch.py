@@ -19,7 +19,7 @@ from eventbus._errors import InvalidEvent
 from eventbus._handlers import SKIP
 from eventbus._lanes import TURN, Item, Lane, Target
 from eventbus._messages import EMPTY, Message
-from eventbus._reports import Reports, inside
+from eventbus._reports import Reports, inside, was_cancelled
 
 Middleware = Callable[[Message[Any], Callable[[Message[Any]], Awaitable[Any]]], Awaitable[Any]]
 
@@ -65,22 +65,24 @@ class Dispatcher:
                 continue
             target, payload, start, reader, _ = item
             lane.bytes -= len(payload)
-            if reader is not None and simple:
-                # The short way, for nearly every message: our own layout, one handler.
-                try:
-                    event = reader.direct(payload[start:-1])
-                except ValueError:
-                    await self._work(item)  # the long way judges
-                else:
-                    lane.delivered += 1
+            try:
+                if reader is not None and simple:
+                    # The short way, for nearly every message: our own layout, one handler.
                     try:
-                        await call(event, **target.static)
-                    except BaseException as error:
-                        await self._failed(item, event, error)
-            else:
-                await self._work(item)
-            if done is not None:
-                done(item)
+                        event = reader.direct(payload[start:-1])
+                    except Exception:
+                        await self._work(item)  # the long way judges
+                    else:
+                        lane.delivered += 1
+                        try:
+                            await call(event, **target.static)
+                        except BaseException as error:
+                            await self._failed(item, event, error)
+                else:
+                    await self._work(item)
+            finally:
+                if done is not None:
+                    done(item)
             if monotonic() - turn > TURN:
                 await asyncio.sleep(0)
                 turn = monotonic()
@@ -197,19 +199,20 @@ class Dispatcher:
         return None
 
     async def _failed(self, item: Item, event: Any, error: BaseException) -> None:
-        """Count and report the failure of one call. Raises it again when it is not the handler's
-        own: the worker was cancelled, or the process is to end."""
-        if isinstance(error, asyncio.CancelledError):
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise error
-        elif not isinstance(error, Exception | BaseExceptionGroup):
-            item[0].lane.failed += 1
+        """Count and report the failure of one call. Raises it again when the worker is to end: it
+        was cancelled (by the lane, or by the handler itself: another takes its place), or the
+        process is to end."""
+        target, payload, _, _, shared = item
+        if not isinstance(error, Exception | BaseExceptionGroup | asyncio.CancelledError):
+            target.lane.failed += 1
             self._on_fatal(error)
             raise error
-        target, payload, _, _, shared = item
-        frame = shared if shared is not None else Frame(target.channel, payload)
-        await self._report_failure(target, frame, event, error)
+        cancelled = was_cancelled(error)
+        if not (cancelled and target.lane.closed):
+            frame = shared if shared is not None else Frame(target.channel, payload)
+            await self._report_failure(target, frame, event, error)
+        if cancelled:
+            raise error
 
     async def _report_failure(
         self, target: Target, frame: Frame, event: Any, error: BaseException

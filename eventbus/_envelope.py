@@ -29,7 +29,6 @@ from pydantic import (
     ValidationError,
     create_model,
 )
-from pydantic_core import PydanticSerializationError
 from pydantic_core.core_schema import ErrorType
 
 from eventbus._errors import InvalidEvent
@@ -230,6 +229,8 @@ class Reader:
         except ValueError as error:
             text = "not JSON" if isinstance(error, orjson.JSONDecodeError) else str(error)
             raise self.refusal((f"data: {text}",)) from None
+        except Exception as error:  # a validator is the user's code
+            raise self.refusal((f"data: a validator raised {type(error).__name__}",)) from error
 
     def refusal(self, reasons: tuple[str, ...]) -> InvalidEvent:
         """The error that says why this payload is no such body."""
@@ -393,7 +394,7 @@ def event_writer(cls: type[Event]) -> Callable[[Event], bytes]:
             reasons = tuple(f"{name}: would be read as something else" for name in changed)
         except ValidationError as error:
             reasons = reasons_of(error, event_reader(cls).names)
-        except (PydanticSerializationError, ValueError, KeyError):  # their texts quote the data
+        except Exception:  # serializers and validators are the user's code; their texts quote data
             reasons = ("a value does not fit its field, or has no JSON form",)
         raise InvalidEvent(
             f"{cls.__qualname__} cannot be published, since no receiver could read it:"
@@ -464,7 +465,7 @@ class Frame:
         if head.short and self.payload.endswith(b"}"):
             try:
                 value = reader.direct(self.payload[head.short : -1])
-            except ValueError:
+            except Exception:  # the long way judges
                 head = self.head = read_head(self.payload)
                 value = reader.read(self.payload, head)
         else:

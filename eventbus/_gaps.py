@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
 from eventbus._handlers import name_of
 from eventbus._messages import Gap, Message
 from eventbus._patterns import Pattern, encode_name
-from eventbus._reports import Reports, call_plain, inside
+from eventbus._reports import Reports, call_plain, inside, was_cancelled
 
 _MAX_KEYS = 10_000
 """Gaps that wait for one handler. Beyond, they merge into one without channel and source."""
@@ -21,7 +22,14 @@ _Key = tuple[str, str | None, str | None, str | None, str | None]
 class GapLane:
     """The gaps that wait for one handler, and the task that hands them over."""
 
-    def __init__(self, fn: Callable[[Gap], Any], pattern: Pattern, is_async: bool) -> None:
+    def __init__(
+        self,
+        fn: Callable[[Gap], Any],
+        pattern: Pattern,
+        is_async: bool,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._on_fatal = on_fatal
         self.fn = fn
         self.pattern = pattern
         self._is_async = is_async
@@ -53,19 +61,25 @@ class GapLane:
                 gap = self._waiting.pop(next(iter(self._waiting)))
                 try:
                     await call_plain(self.fn, gap, is_async=self._is_async)
-                except Exception as error:
+                except (Exception, asyncio.CancelledError) as error:
+                    if was_cancelled(error):
+                        raise
                     message: Message[Gap] = Message(gap, gap.channel or "")
                     await reports.report(error, message, name_of(self.fn))
+                except BaseException as error:
+                    self._on_fatal(error)
+                    raise
         finally:
             self._task = None
 
-    async def drain(self, caller: asyncio.Task[Any] | None) -> None:
-        """Return when every gap was handed over (at once inside the handler itself)."""
-        if self._task is not None and self._task is not caller:
+    async def drain(self, spared: AbstractSet[asyncio.Task[Any]]) -> None:
+        """Return when every gap was handed over (at once when the handler is one of the spared)."""
+        if self._task is not None and self._task not in spared:
             await asyncio.wait({self._task})
 
-    async def close(self, caller: asyncio.Task[Any] | None) -> None:
-        """Cancel the handler (not inside itself)."""
-        if self._task is not None and self._task is not caller:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+    def close(self, spared: AbstractSet[asyncio.Task[Any]]) -> set[asyncio.Task[None]]:
+        """Cancel the handler, whose task is returned, unless it is spared."""
+        if self._task is None or self._task in spared:
+            return set()
+        self._task.cancel()
+        return {self._task}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from eventbus._envelope import DICT, Frame, Reader, event_reader, model_reader
@@ -189,7 +189,7 @@ class CallPlan:
                 text = captures[name]
                 try:
                     found[name] = adapter.validate_strings(text) if adapter else text
-                except ValidationError:
+                except Exception:  # a validator is the user's code
                     return None
         if self.bus_name is not None:
             found[self.bus_name] = bus

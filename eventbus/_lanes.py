@@ -103,8 +103,8 @@ class _Plain(deque[Item]):
 
     done: None = None
 
-    def drop(self) -> Item:
-        return self.popleft()
+    def drop(self, newest: bool) -> Item:
+        return self.pop() if newest else self.popleft()
 
 
 class _PerChannel:
@@ -144,11 +144,13 @@ class _PerChannel:
                 self._busy.add(channel)
                 return self._take(channel)
 
-    def _take(self, channel: str) -> Item:
+    def _take(self, channel: str, newest: bool = False) -> Item:
         waiting = self._channels[channel]
-        marked = waiting.popleft()
+        marked = waiting.pop() if newest else waiting.popleft()
         if not waiting:
             del self._channels[channel]
+            if len(self._ready) > 2 * len(self._channels) + 64:
+                self._ready = deque(c for c in dict.fromkeys(self._ready) if c in self._channels)
         marked[1] = True
         self._size -= 1
         item: Item = marked[0]
@@ -160,11 +162,11 @@ class _PerChannel:
         if channel in self._channels:
             self._ready.append(channel)
 
-    def drop(self) -> Item:
+    def drop(self, newest: bool) -> Item:
         while True:
-            item, taken = self._arrivals.popleft()
+            item, taken = self._arrivals.pop() if newest else self._arrivals.popleft()
             if not taken:
-                return self._take(item[0].channel)
+                return self._take(item[0].channel, newest)
 
 
 class _Latest:
@@ -197,10 +199,10 @@ class _Latest:
     def done(self, item: Item) -> None:
         self._busy.discard(item[0].channel)
 
-    def drop(self) -> Item:
+    def drop(self, newest: bool) -> Item:
         if not self._items:
             raise IndexError
-        return self._items.popitem(last=False)[1]
+        return self._items.popitem(last=newest)[1]
 
 
 def _queue_for(options: Options) -> _Plain | _PerChannel | _Latest:
@@ -267,7 +269,8 @@ class Lane:
         self._workers: set[asyncio.Task[None]] = set()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._waiters: list[asyncio.Future[None]] = []
-        self._exempt: asyncio.Task[Any] | None = None
+        self._exempt: set[asyncio.Task[Any]] = set()
+        self.lock = asyncio.Lock()  # one change of the patterns at a time
 
     def stats(self) -> HandlerStats:
         """The lane as it stands."""
@@ -328,7 +331,7 @@ class Lane:
     def drop(self) -> bool:
         """Drop one message by the lane's policy; False when there is none."""
         try:
-            item = self.queue.drop()
+            item = self.queue.drop(self.options.overflow == "drop_newest")
         except IndexError:
             return False
         self.bytes -= len(item[1])
@@ -371,12 +374,28 @@ class Lane:
         loop = asyncio.get_running_loop()
         worker = loop.create_task(self._serve(self), name=f"eventbus {self.name}")
         self._workers.add(worker)
-        worker.add_done_callback(self._workers.discard)
+        worker.add_done_callback(self._left)
+
+    def _left(self, worker: asyncio.Task[None]) -> None:
+        """A worker is gone; one that a handler cancelled is replaced when there is work."""
+        self._workers.discard(worker)
+        if len(self.queue) and not self.closed:
+            self._hire()
+        self._tell_drained()
 
     # -- The end -----------------------------------------------------------------------------------
 
     def _is_drained(self) -> bool:
+        if self._exempt:  # what stands behind them waits for them
+            return len(self._workers - self._exempt) == len(self._idle)
         return not len(self.queue) and len(self._workers) == len(self._idle)
+
+    def spare(self, caller: asyncio.Task[Any] | None) -> None:
+        """A handler of this lane waits for the stop itself: it is neither waited for nor
+        cancelled."""
+        if caller is not None and caller in self._workers:
+            self._exempt.add(caller)
+            self._tell_drained()
 
     def _tell_drained(self) -> None:
         if self._waiters and self._is_drained():
@@ -385,29 +404,25 @@ class Lane:
                     waiter.set_result(None)
             self._waiters.clear()
 
-    async def drain(self, caller: asyncio.Task[Any] | None) -> None:
-        """Return when nothing waits and nothing runs. A handler that itself waits for this (the
-        `caller`) is not waited for, nor is what stands behind it in its lane."""
-        if caller in self._workers:
-            self._exempt = caller
-        elif not self._is_drained():
+    async def drain(self) -> None:
+        """Return when nothing waits and nothing runs, but for what was spared."""
+        if not self._is_drained():
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
 
-    async def close(self) -> None:
-        """Cancel the workers; what still waits is dropped and counted. Idempotent."""
+    def close(self) -> set[asyncio.Task[None]]:
+        """The end: cancel the workers, which are returned; what still waits is dropped and counted.
+        Idempotent."""
         self.closed = True
         self._pool.busy.discard(self)
         for waiter in self._idle:
             if not waiter.done():
                 waiter.set_result(None)
-        spared = (self._exempt, asyncio.current_task())
-        workers = [worker for worker in self._workers if worker not in spared]
+        workers = self._workers - self._exempt - {asyncio.current_task()}
         for worker in workers:
             worker.cancel()
-        if workers:
-            await asyncio.wait(workers)
         while len(self.queue):
-            self.bytes -= len(self.queue.drop()[1])
+            self.bytes -= len(self.queue.drop(False)[1])
             self.dropped += 1
+        return workers

@@ -32,6 +32,8 @@ def check_headers(headers: Mapping[str, object]) -> None:
                 f"header {name!a} must be 1 to 20 of a-z and 0-9, and no attribute of the"
                 " envelope itself"
             )
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise ValueError(f"header {name!r} is a number of more than 64 bits")
         if not isinstance(value, str | int | bool):
             raise TypeError(
                 f"header {name!r} is a {type(value).__name__}; str, int and bool travel"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -33,7 +34,7 @@ from eventbus._errors import (
 from eventbus._events import Event, channel_of
 from eventbus._messages import EMPTY, Header, Message, Receipt, check_headers
 from eventbus._patterns import check_channel
-from eventbus._reports import Reports, inside
+from eventbus._reports import Reports, finish, inside
 from eventbus._settings import Settings
 from eventbus.transports.base import Outcome, Outgoing, Transport
 
@@ -276,19 +277,18 @@ class Publisher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def drain(self, caller: asyncio.Task[Any] | None) -> None:
+    async def drain(self, spared: AbstractSet[asyncio.Task[Any]]) -> None:
         """Return when everything published has an outcome, and each was reported."""
         await self._transport.flush()
-        while tasks := self._tasks - {caller}:
+        while tasks := self._tasks - spared:
             await asyncio.wait(tasks)
 
-    async def close(self, caller: asyncio.Task[Any] | None) -> None:
+    async def close(self, spared: AbstractSet[asyncio.Task[Any]]) -> None:
         """Cancel what is still being reported."""
-        tasks = self._tasks - {caller}
+        tasks = self._tasks - spared
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await finish(tasks, "an exception handler")
 
 
 def _arguments(channel: object, event: object) -> tuple[str, Event]:

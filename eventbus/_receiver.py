@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -18,13 +19,13 @@ from typing import Any
 
 from eventbus._dispatch import Dispatcher, Middleware
 from eventbus._envelope import Frame, Reader, is_plain, own_layout, peek, read_head, time_of
-from eventbus._errors import InvalidEvent
+from eventbus._errors import BusClosed, InvalidEvent
 from eventbus._gaps import GapLane
 from eventbus._handlers import Body, CallPlan
 from eventbus._lanes import Item, Lane, Options, Pool, Target
 from eventbus._messages import EMPTY, Gap, HandlerStats
 from eventbus._patterns import Pattern, decode_name, literal_prefix, tokenize
-from eventbus._reports import Reports
+from eventbus._reports import Reports, finish
 from eventbus._router import Command, Router, Subscription, wanted
 from eventbus._sequences import Inbound
 from eventbus._settings import Settings
@@ -99,7 +100,7 @@ class Receiver:
         self.since = datetime.now(UTC)
         """The last byte before the latest loss of the connection, or the start."""
         self._gone: Counter[str] = Counter()
-        self._names: Counter[str] = Counter()
+        self._names: dict[str, int] = {}  # the last number of names given out twice
         self._bus = bus
         self._reports = reports
         self._gap_lanes = gap_lanes
@@ -115,11 +116,13 @@ class Receiver:
         self._known: dict[bytes, _Channel] = {}
         self._version = -1
         self._drops: Counter[_DropKey] = Counter()
+        self._drops_since: dict[_DropKey, datetime] = {}
         self._drops_timer: asyncio.TimerHandle | None = None
         self._drops_told = 0.0
         self._reopened = False
         self.away = False
         self._closing = False
+        self._let_go: set[Subscription] = set()
         self._silent: asyncio.Future[None] | None = None
         self.age: Callable[[], float | None] = lambda: None
         """Seconds since the transport last heard a byte."""
@@ -132,9 +135,8 @@ class Receiver:
         """The lane of a new route, with no patterns yet. A name that is taken gets a number."""
         unique = name
         while unique in self.lanes:
-            self._names[name] += 1
+            self._names[name] = self._names.get(name, 1) + 1
             unique = f"{name}#{self._names[name]}"
-        self._names.setdefault(name, 1)
         lane = Lane(unique, options, body, plan, self.pool, self._dropped, self.dispatcher.serve)
         self.lanes[unique] = lane
         return lane
@@ -159,7 +161,7 @@ class Receiver:
             return
         lane.closed = True
         caller(self.discard(lane, list(lane.patterns)))
-        await lane.close()
+        await finish(lane.close(), lane.name)
         for counter in ("delivered", "dropped", "failed", "skipped", "conflated"):
             self._gone[counter] += getattr(lane, counter)
 
@@ -189,6 +191,7 @@ class Receiver:
     async def unsubscribe(self, send: Callable[[list[Command]], None]) -> None:
         """Let go of everything, and return when the server has confirmed that (or is gone)."""
         self._closing = True
+        self._let_go.update(self.router.live)
         send([Command(False, subscription) for subscription in self.router.live])
         while self.router.live:
             self._silent = asyncio.get_running_loop().create_future()
@@ -230,10 +233,13 @@ class Receiver:
         """What follows every answer of the server: those who wait, and the end of an outage."""
         self._settle()
         if self._closing:
-            return []
+            late = [item for item in self.router.live if item not in self._let_go]
+            self._let_go.update(late)
+            return [Command(False, item) for item in late]
         if self._reopened and not self.router.asking():
             self._reopened = self.away = False
             self.reconnects += 1
+            self.sequences.forget(b"", lambda channel: not self.router.hears(channel))
             self.tell(Gap("reconnect", None, None, None, None, None, self.since))
             return [*commands, *self.router.retry_denied()]
         return list(commands)
@@ -313,8 +319,9 @@ class Receiver:
     def _unusual(self, known: _Channel, payload: bytes) -> None:
         """A frame with headers, of another publisher, without an envelope, or too large."""
         frame = Frame(known.name, payload)
+        is_large = len(payload) > self._max_payload
         head = None if self._bare else peek(payload)
-        if head is None and not self._bare and b'"busseq"' in payload:
+        if head is None and not self._bare and not is_large and b'"busseq"' in payload:
             with suppress(InvalidEvent):  # the worker that decodes it reports it
                 head = read_head(payload)
         frame.head = head
@@ -324,7 +331,7 @@ class Receiver:
                 missed = self.sequences.hear(known.key, head.source, head.number)
                 if missed:
                     self._missed(known.name, head.source, missed)
-        if len(payload) > self._max_payload:
+        if is_large:
             if known.first:
                 self._too_large(frame)
             return
@@ -383,6 +390,7 @@ class Receiver:
         if key not in self._drops and len(self._drops) >= _MAX_DROPS:
             key = (lane.name, item[0].pattern, None)
         self._drops[key] += 1
+        self._drops_since.setdefault(key, datetime.now(UTC))
         if self._drops_timer is None:
             loop = asyncio.get_running_loop()
             due = max(loop.time() + 0.1, self._drops_told + 1.0)
@@ -395,8 +403,10 @@ class Receiver:
             self._drops_timer = None
         self._drops_told = asyncio.get_running_loop().time()
         drops, self._drops = self._drops, Counter()
-        for (handler, pattern, channel), missed in drops.items():
-            self.tell(Gap("overflow", handler, pattern, channel, None, missed, datetime.now(UTC)))
+        since, self._drops_since = self._drops_since, {}
+        for key, missed in drops.items():
+            handler, pattern, channel = key
+            self.tell(Gap("overflow", handler, pattern, channel, None, missed, since[key]))
 
     def _too_large(self, frame: Frame) -> None:
         size = len(frame.payload)
@@ -411,25 +421,36 @@ class Receiver:
 
     # -- The end ---------------------------------------------------------------------------------
 
-    async def drain(self, caller: asyncio.Task[Any] | None) -> None:
-        """Return when every lane is empty and idle, and every gap was told, but for what the caller
-        itself stands in the way of."""
+    def spare(self, caller: asyncio.Task[Any] | None) -> None:
+        """A handler that waits for the stop is not waited for."""
+        for lane in self.lanes.values():
+            lane.spare(caller)
+
+    async def drain(self, spared: AbstractSet[asyncio.Task[Any]]) -> None:
+        """Return when every lane is empty and idle, and every gap was told, but for what the spared
+        tasks themselves stand in the way of."""
         for lane in list(self.lanes.values()):
             if lane.plan is not None:
-                await lane.drain(caller)
+                await lane.drain()
         self.tell_drops()
         for gaps in self._gap_lanes:
-            await gaps.drain(caller)
+            await gaps.drain(spared)
 
-    async def close(self, caller: asyncio.Task[Any] | None) -> None:
+    async def close(self, spared: AbstractSet[asyncio.Task[Any]]) -> None:
         """Cancel what still runs; what still waits is dropped and counted."""
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_exception(BusClosed("the bus was stopped"))
+        tasks: set[asyncio.Task[Any]] = set()
         for lane in list(self.lanes.values()):
-            await lane.close()
+            tasks |= lane.close()
         self.tell_drops()
         for gaps in self._gap_lanes:
-            await gaps.close(caller)
-        for task in list(self._tasks):
+            tasks |= gaps.close(spared)
+        for task in self._tasks:
             task.cancel()
+        await finish(tasks, "some handlers")
 
     def handler_stats(self) -> dict[str, HandlerStats]:
         """The lanes as they stand, by handler name."""

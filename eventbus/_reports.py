@@ -33,12 +33,32 @@ def shown(name: str | None, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
+def was_cancelled(error: BaseException) -> bool:
+    """Whether this is the cancellation of the task that runs here, and not one that the user's code
+    raised by itself."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and bool(task and task.cancelling())
+
+
 async def call_plain(fn: Callable[..., Any], *args: object, is_async: bool) -> None:
     """Call a function of the user: on the loop when it is `async def`, else in a worker thread."""
     if is_async:
         await fn(*args)
     else:
         await to_thread.run_sync(partial(fn, *args), abandon_on_cancel=True)
+
+
+_PATIENCE = 1.0
+"""Seconds that cancelled tasks have to end. A handler that swallows its cancellation is left
+behind."""
+
+
+async def finish(tasks: set[asyncio.Task[Any]], name: str) -> None:
+    """Wait for tasks that were cancelled."""
+    if tasks:
+        _, left = await asyncio.wait(tasks, timeout=_PATIENCE)
+        if left:
+            logger.error("handler %r does not end although it was cancelled", name)
 
 
 class Reports:
@@ -57,7 +77,9 @@ class Reports:
                 fn, is_async = self._handlers[kind]
                 try:
                     await call_plain(fn, error, message, is_async=is_async)
-                except Exception:
+                except (Exception, asyncio.CancelledError) as failure:
+                    if was_cancelled(failure) and not was_cancelled(error):
+                        raise
                     logger.exception(
                         "exception handler %r failed for %s", name_of(fn), type(error).__name__
                     )

@@ -164,7 +164,9 @@ class Engine(Protocol):
 
     def check_here(self) -> None: ...
 
-    async def add(self, lane: Lane, patterns: Sequence[Pattern]) -> None: ...
+    async def add(
+        self, lane: Lane, patterns: Sequence[Pattern], *, is_new: bool = False
+    ) -> None: ...
 
     async def discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None: ...
 
@@ -204,7 +206,7 @@ class Route:
         await self._run.add(self._lane, found)
 
     async def discard(self, *patterns: str | type[Event]) -> None:
-        """Stop listening to these; nothing of them is delivered after it returns."""
+        """Stop listening to these. What arrived before it returns is still handled."""
         await self._run.discard(self._lane, patterns_of(patterns))
 
     async def detach(self) -> None:
@@ -235,7 +237,7 @@ class Messages(Generic[E_co]):
         if self._lane is not None:
             raise InvalidHandler("these messages were entered before: call bus.subscribe again")
         self._lane = lane = self._listen()
-        await self._run.add(lane, self._patterns)
+        await self._run.add(lane, self._patterns, is_new=True)
         return self
 
     async def __aexit__(
@@ -264,9 +266,9 @@ class Messages(Generic[E_co]):
                 await lane.wait()
                 self._turn = monotonic()
                 continue
-            event, frame = await dispatcher.read(item)
             if lane.queue.done is not None:
                 lane.queue.done(item)
+            event, frame = await dispatcher.read(item)
             if event is not SKIP:
                 lane.delivered += 1
                 return dispatcher.message(item[0], frame, event)

@@ -31,6 +31,9 @@ from eventbus._sequences import Outbound
 from eventbus._settings import Settings
 from eventbus.transports.base import Transport
 
+_RETRY_DENIED = 30.0
+"""Seconds between attempts to subscribe to what was denied."""
+
 
 class Run:
     """The transport with the receiving and the publishing half, and their common life."""
@@ -59,7 +62,8 @@ class Run:
         self._over = False
         self.ended = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._caller: asyncio.Task[Any] | None = None
+        self._spared: set[asyncio.Task[Any]] = set()
+        self._retry: asyncio.TimerHandle | None = None
         self._client: Any = None
         self._fatal_error: str | None = None
         self._instance = uuid.uuid4().hex[:16]
@@ -67,7 +71,10 @@ class Run:
         self.receiver = Receiver(
             bus=bus,
             reports=reports,
-            gap_lanes=[GapLane(item.fn, item.pattern, is_async(item.fn)) for item in declared_gaps],
+            gap_lanes=[
+                GapLane(item.fn, item.pattern, is_async(item.fn), self._fatal)
+                for item in declared_gaps
+            ],
             middleware=receive_middleware,
             source=source.encode(),
             settings=settings,
@@ -82,6 +89,10 @@ class Run:
             instance=self._instance,
             settings=settings,
         )
+
+    def is_alive(self) -> bool:
+        """Whether this run still has a loop, and this process is the one it belongs to."""
+        return not self.loop.is_closed() and self._pid == os.getpid()
 
     def check_here(self) -> None:
         """Raise BusClosed when this run is over, and when called from another loop or process."""
@@ -127,6 +138,12 @@ class Run:
         if denied and settings.on_denied == "raise":
             raise self._denied(list(dict.fromkeys(denied)))
         self._ready = True
+        self._retry = self.loop.call_later(_RETRY_DENIED, self._retry_denied)
+
+    def _retry_denied(self) -> None:
+        """Ask again for what was denied: a rule may have been widened."""
+        self.send(self.receiver.router.retry_denied())
+        self._retry = self.loop.call_later(_RETRY_DENIED, self._retry_denied)
 
     def _check_lengths(self, patterns: Sequence[Pattern]) -> None:
         for pattern in patterns:
@@ -150,12 +167,16 @@ class Run:
         if commands:
             self.transport.send(commands)
 
-    async def add(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
+    async def add(self, lane: Lane, patterns: Sequence[Pattern], *, is_new: bool = False) -> None:
         """Add patterns to a lane; confirmed when it returns, and undone when it raises."""
+        self.check_here()
         if lane.closed:
             raise BusClosed(f"the route {lane.name!r} was detached")
+        async with lane.lock:
+            await self._add(lane, patterns, is_new)
+
+    async def _add(self, lane: Lane, patterns: Sequence[Pattern], is_new: bool) -> None:
         fresh = [pattern for pattern in patterns if pattern not in lane.patterns]
-        is_new = not lane.patterns
         timeout = self._settings.connect_timeout
         try:
             self._check_lengths(fresh)
@@ -164,6 +185,8 @@ class Run:
                 denied = await self.receiver.settled(patterns)
             if denied and self._settings.on_denied == "raise":
                 raise self._denied(denied)
+            if self.stopping is not None:
+                raise BusClosed("the bus is being stopped")
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 if is_new:
@@ -181,6 +204,9 @@ class Run:
     async def discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
         """Take patterns from a lane, at a point of the stream: its other patterns may answer for
         the same channels, and each message must meet one state only."""
+        if self._over:
+            return
+        self.check_here()
         reached = self.loop.create_future()
 
         def switch() -> None:
@@ -188,11 +214,14 @@ class Run:
             if not reached.done():
                 reached.set_result(None)
 
-        self.transport.fence(switch)
-        await reached
+        async with lane.lock:
+            self.transport.fence(switch)
+            await asyncio.wait({reached}, timeout=self._settings.connect_timeout)
 
     async def forget(self, lane: Lane) -> None:
-        """Take a lane out, with all that waits in it."""
+        """Take a lane out, with all that waits in it. Nothing more to do when the run is over."""
+        if not self._over:
+            self.check_here()
         await self.receiver.forget(lane, self.send)
 
     # -- Stop ------------------------------------------------------------------------------------
@@ -200,18 +229,21 @@ class Run:
     def begin_stop(self) -> asyncio.Task[None]:
         """The task that stops this run; a second call gives the same one."""
         if self.stopping is None or self.stopping.cancelled():
-            self._caller = inside.get()
             self.stopping = self.loop.create_task(self._stop(), name="eventbus stop")
         return self.stopping
 
     async def stop(self) -> None:
         """Stop, and return (or raise CancelledError) when nothing is left open."""
         stopping = self.begin_stop()
+        caller = inside.get()
+        if caller is not None:
+            self._spared.add(caller)
+            self.receiver.spare(caller)
         try:
             await asyncio.shield(stopping)
         except asyncio.CancelledError:
             self._hurry.set()
-            if inside.get() is not None and self._over:
+            if caller is not None and self._over:
                 raise  # the stop itself ends this task, and waits for that
             with anyio.CancelScope(shield=True):
                 while not stopping.done():
@@ -249,15 +281,19 @@ class Run:
 
     async def _drain(self) -> None:
         await self.receiver.unsubscribe(self.send)
-        await self.receiver.drain(self._caller)
-        await self.publisher.drain(self._caller)
+        await self.receiver.drain(self._spared)
+        await self.publisher.drain(self._spared)
 
     async def close(self) -> None:
         """Cancel what still runs and close every connection. Idempotent."""
         self._ready, self._over = False, True
-        await self.receiver.close(self._caller)
-        await self.publisher.close(self._caller)
-        await self.transport.stop()
+        if self._retry is not None:
+            self._retry.cancel()
+        try:
+            await self.receiver.close(self._spared)
+            await self.publisher.close(self._spared)
+        finally:
+            await self.transport.stop()
         client, self._client = self._client, None
         if client is not None:
             with suppress(Exception):
@@ -274,6 +310,8 @@ class Run:
         reason = None
         if self._fatal_error is not None:
             state, reason = "closed", f"a handler raised {self._fatal_error}"
+        elif self.stopping is not None:
+            state, reason = "closed", "the bus is being stopped"
         elif not self._ready:
             state, reason = "starting", status.reason or "waiting for Redis"
         elif not status.receiving:
@@ -281,7 +319,10 @@ class Run:
         elif self.receiver.away:
             state, reason = "down", "waiting for the subscriptions to be confirmed"
         elif denied:
-            state, reason = "degraded", f"denied: {', '.join(map(ascii, denied[:5]))}"
+            state, reason = (
+                ("degraded" if live else "down"),
+                f"denied: {', '.join(map(ascii, denied[:5]))}",
+            )
         elif not status.publishing:
             state, reason = "degraded", status.reason or "the publisher is not connected"
         elif status.probe == "denied":

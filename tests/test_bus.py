@@ -2428,8 +2428,9 @@ async def test_use_in_a_thread(url: str) -> None:
     async with bus:
         await bus.publish("x", Count())
     assert errors == []
-    assert seen[1:3] == ["live", 1]
-    assert "live" in seen[0]
+    assert seen[1] in ("live", "closed")  # closed: while it stops
+    assert seen[2] == 1
+    assert seen[1] in seen[0]
     assert "loop" in seen[3]
 
 

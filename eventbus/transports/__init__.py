@@ -35,7 +35,8 @@ def transport_for(target: Any, options: dict[str, Any]) -> Transport:
         from eventbus.transports.redis import RedisTransport
 
         return RedisTransport(endpoint_of_url(target, options))
+    shown = ascii(scheme) if "://" in target else "a URL without a scheme"
     raise EventBusError(
-        f"no transport for {scheme!a}: use redis://, rediss://, unix://, redis+sentinel://,"
+        f"no transport for {shown}: use redis://, rediss://, unix://, redis+sentinel://,"
         " memory:// or embedded://"
     )

@@ -50,6 +50,8 @@ class Inbox:
         self._patterns: dict[bytes, Subscription] = {}
         self.probe_live = False
         self.probe_denied = False
+        self.connections = 0
+        """How many connections there were."""
 
     @property
     def last_read(self) -> float | None:
@@ -59,6 +61,7 @@ class Inbox:
     def opened(self, link: Link) -> None:
         """A connection is there: ask for the probe, then for all that the routes need."""
         self._link = link
+        self.connections += 1
         link.on_replies = self._on_replies
         self.probe_live = self.probe_denied = False
         self._literals.clear()
@@ -68,9 +71,9 @@ class Inbox:
 
     def lost(self, reason: str) -> None:
         """The connection is gone."""
-        self._link = None
         asked, self._asked = self._asked, deque()
-        self._sink.lost(reason)
+        self._sink.lost(reason)  # it asks for the time of the last byte
+        self._link = None
         for item in asked:
             if isinstance(item, _Ping):
                 item.answered(False)

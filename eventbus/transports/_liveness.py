@@ -83,10 +83,10 @@ class Liveness:
         elif not self._inbox.probe_live:
             self._outbox.ask(command(b"PING"), lambda reply: None)
         else:
-            started = self._loop.time()
+            started, connection = self._loop.time(), self._inbox.connections
 
             def published(reply: Any) -> None:
-                if isinstance(reply, int):
+                if isinstance(reply, int) and connection == self._inbox.connections:
                     self._inbox.ping(token, lambda answered: self._judge(answered, token, started))
                 elif isinstance(reply, hiredis.ReplyError):
                     self._publish_denied = str(reply).startswith("NOPERM")

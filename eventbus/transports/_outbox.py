@@ -13,7 +13,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
-from eventbus._errors import BusUnavailable, EventBusError, PermissionDenied, PublishUncertain
+from eventbus._errors import (
+    BusClosed,
+    BusUnavailable,
+    EventBusError,
+    PermissionDenied,
+    PublishUncertain,
+)
 from eventbus._messages import Buffer
 from eventbus._patterns import decode_name
 from eventbus._settings import Settings
@@ -21,6 +27,8 @@ from eventbus.transports._link import Link
 from eventbus.transports.base import Outgoing
 
 _BATCH = 64 * 1024
+_TICK = 0.005
+"""Seconds between two looks at the deadlines, at least."""
 _GRACE = 0.1
 """Seconds that a written message has for its answer, however late it was written."""
 
@@ -54,7 +62,7 @@ class Outbox:
         self._timer: asyncio.TimerHandle | None = None
         self._empty: list[asyncio.Future[None]] = []
         policy = settings.outage
-        self._held = False
+        self._held = self._closed = False
         self._buffer = policy if isinstance(policy, Buffer) else None
         self._drops = policy == "drop"
 
@@ -62,6 +70,8 @@ class Outbox:
 
     def publish(self, outgoing: Outgoing) -> None:
         """Queue a message. Raises BusUnavailable when it is known that it cannot be sent."""
+        if self._closed:
+            raise BusClosed("the bus was stopped")
         now = outgoing.born = self._time()
         timeout = self._timeout
         if self._link is None:
@@ -124,10 +134,11 @@ class Outbox:
     def _flush(self) -> None:
         self._flushing = None
         link = self._link
-        if link is None or link.paused or self._held:
+        if link is None or link.paused or self._held or link.ended.done():
             return
         waiting, written, number = self._waiting, self._written, self._number
-        grace = self._loop.time() + min(_GRACE, self._timeout)
+        now = self._time()
+        grace, latest = now + min(_GRACE, self._timeout), now + self._timeout
         parts: list[bytes] = []
         size = 0
         while waiting and size < _BATCH:
@@ -146,7 +157,8 @@ class Outbox:
             )
             size += length
             outgoing.written = True
-            outgoing.deadline = max(outgoing.deadline, grace)
+            if not grace <= outgoing.deadline <= latest:
+                outgoing.deadline = min(max(outgoing.deadline, grace), latest)
             written.append(outgoing)
         if parts:
             link.write(b"".join(parts))
@@ -246,6 +258,7 @@ class Outbox:
 
     def close(self) -> None:
         """The end: nothing waits any more."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         if self._flushing is not None:
@@ -289,15 +302,17 @@ class Outbox:
         ]
         due = [time for time in nearest if time is not None]
         if due:
-            self._timer = self._loop.call_at(min(due), self._due)
+            self._timer = self._loop.call_at(max(min(due), now + _TICK), self._due)
 
     def _expire_written(self, now: float) -> float | None:
+        nearest = None
         for item in self._written:
             if isinstance(item, Outgoing) and not item.ended:
-                if item.deadline > now:
-                    return item.deadline
-                item.finish(self._uncertain(item, now, "no answer"))
-        return None
+                if item.deadline <= now:
+                    item.finish(self._uncertain(item, now, "no answer"))
+                elif nearest is None or item.deadline < nearest:
+                    nearest = item.deadline
+        return nearest
 
     def _expire_waiting(self, now: float) -> float | None:
         nearest = None

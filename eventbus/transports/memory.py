@@ -58,6 +58,7 @@ class MemoryTransport:
         self._subscriptions: dict[Subscription, tuple[int, ...] | None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sink: Sink | None = None
+        self._scheduled = False
         self._prefix = b""
         self._number: Callable[[bytes], int] = len
 
@@ -129,9 +130,9 @@ class MemoryTransport:
             matching = self._matching[channel] = self._find(channel)
         if not matching or self._loop is None or self._loop.is_closed():
             return 0
-        was_empty = not self._waiting
         self._waiting.extend((subscription, channel, payload) for subscription in matching)
-        if was_empty:
+        if not self._scheduled:
+            self._scheduled = True
             self._loop.call_soon_threadsafe(self._deliver)
         return len(matching)
 
@@ -148,11 +149,15 @@ class MemoryTransport:
         ]
 
     def _deliver(self) -> None:
-        if self._sink is not None:
-            self._sink.pressure()
-        while self._waiting:
-            subscription, channel, payload = self._waiting.popleft()
-            if self._sink is not None and subscription in self._subscriptions:
+        """Hand over what waits. Called in the loop of the bus."""
+        with self._hub.lock:
+            self._scheduled = False
+            waiting, self._waiting = self._waiting, deque(maxlen=_MAX_WAITING)
+        if self._sink is None:
+            return
+        self._sink.pressure()
+        for subscription, channel, payload in waiting:
+            if subscription in self._subscriptions:
                 self._sink.frames(subscription, ((channel, payload),))
 
     def status(self) -> Status:

@@ -14,7 +14,7 @@ from typing import Any
 
 from redis.backoff import FullJitterBackoff
 
-from eventbus._errors import BusUnavailable, EventBusError, PermissionDenied
+from eventbus._errors import BusClosed, BusUnavailable, EventBusError, PermissionDenied
 from eventbus._reports import logger
 from eventbus._router import Command
 from eventbus._settings import Settings
@@ -210,6 +210,8 @@ class RedisTransport:
             _, pending = await asyncio.wait(pending, timeout=0.1)
         if self._outbox is not None:
             self._outbox.close()
+        if self._connected is not None and not self._connected.done():
+            self._connected.set_exception(BusClosed("the bus was stopped while it started"))
         await self._endpoint.close()
 
     async def flush(self) -> None:
