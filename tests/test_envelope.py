@@ -1032,3 +1032,24 @@ async def test_id_of_a_middleware(id: str) -> None:
             refused = True
     assert bus.stats().invalid == 0
     assert refused or [message.id for message in seen] == [id]
+
+
+def test_a_type_that_stands_twice_is_the_last_one_for_who_reads_it() -> None:
+    """Whoever reads a payload with a second type after the data sees what its JSON says."""
+    payload = ours(b'{"x":1},"type":"Other"')
+    assert read(payload, Note) is None
+    message = read(payload, Note, Other)
+    assert message is not None
+    assert message.event == Other(x=1)
+
+
+def test_a_class_with_rules_of_its_own_is_read_back() -> None:
+    """A class whose config changes values is proved by reading its bytes back."""
+
+    class Trimmed(Event):
+        model_config = ConfigDict(str_strip_whitespace=True)
+        text: str
+
+    assert write(Trimmed(text=" a ")).endswith(b'"data":{"text":"a"}}')
+    with pytest.raises(InvalidEvent):
+        write(Trimmed.model_construct(text=" a "))

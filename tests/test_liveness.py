@@ -6,9 +6,12 @@ the heartbeat the same fault stays unseen.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
+import redis.asyncio
+from anyio.lowlevel import checkpoint
 
 from eventbus import BusUnavailable, EventBus, PublishUncertain
 from eventbus.server import Server
@@ -179,6 +182,25 @@ async def test_a_publisher_in_a_hole_sends_nothing_late(server: Server, log: Lin
             assert bus.stats().missed <= bus.stats().uncertain
 
 
+async def test_a_server_that_accepts_and_never_answers_does_not_hold_an_attempt() -> None:
+    """A server that is frozen when the bus connects is given up after the connect timeout and tried
+    again, also by a client that has no timeouts: it may be another server by then."""
+    with Server(port=0) as server:
+        async with Proxy(server.port, mode="hole") as proxy:
+            port = int(proxy.url.rpartition(":")[2])
+            client = redis.asyncio.Redis(port=port, socket_timeout=None)
+            bus = EventBus(client, redis_options={"socket_connect_timeout": 0.1})
+            starting = asyncio.create_task(bus.start())
+            async with asyncio.timeout(5):
+                while len(proxy.pairs) < 4:
+                    await checkpoint()
+                proxy.mode = "pass"
+                await starting
+            assert bus.health()
+            await bus.stop()
+            await client.aclose()
+
+
 # -- A second drop, while it subscribes again ------------------------------------------------------
 
 
@@ -215,6 +237,9 @@ async def test_a_second_drop_during_the_resubscribe_starts_from_the_full_set(
             assert {receipt.receivers for receipt in receipts} == {1}
             assert [gap.reason for gap in gaps] == ["reconnect"]
             assert len(bus.health().subscriptions) == len(names) + 1
+            async with asyncio.timeout(5), bus.subscribe("late:*", bytes) as messages:
+                await bus.publish_raw("late:1", b"answers meet their questions")
+                assert (await anext(messages)).channel == "late:1"
 
 
 # -- Reading ---------------------------------------------------------------------------------------

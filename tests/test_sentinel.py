@@ -166,13 +166,19 @@ async def test_a_client_of_a_sentinel_is_taken_and_left_alone(cluster: Watched) 
 
 
 async def test_an_unknown_master_says_so(cluster: Watched) -> None:
-    """A name that no Sentinel watches fails the start and is named, without a secret."""
+    """A name that no Sentinel watches, or Sentinels that refuse the password, fail the start; the
+    name is told, and no secret of the node or of the Sentinels."""
     url = cluster.url.replace("/main", "/mine").replace("//", "//:hunter2@")
-    with pytest.raises(BusUnavailable) as caught:
-        await soon(EventBus(url, connect_timeout=0.5).start())
+    options = {"sentinel_kwargs": {"password": "hunter2"}}
+    for bus in (
+        EventBus(url, connect_timeout=0.5),
+        EventBus(url, connect_timeout=0.5, redis_options=options),
+    ):
+        with pytest.raises(BusUnavailable, match="no Sentinel") as caught:
+            await soon(bus.start())
 
-    assert "'mine'" in str(caught.value)
-    assert "hunter2" not in str(caught.value)
+        assert "'mine'" in str(caught.value)
+        assert "hunter2" not in str(caught.value) + repr(bus)
 
 
 # -- The master moves ------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ _NOT_OURS = (
 """Options of a client or pool that say how *it* uses a connection, not how one is opened."""
 
 _CONNECT_TIMEOUT = 5.0
-"""Seconds for a connection, and for each answer until it is handed over. Without a limit (redis-py
-before 8) a frozen server that still accepts would hold an attempt for ever."""
+"""Seconds for a connection, and for each answer until it is handed over: without a limit (redis-py
+before 8) a frozen server, which still accepts, would hold an attempt for ever."""
 _SENTINEL_TIMEOUT = 1.0
 _PASSING = (ssl.SSLEOFError, ssl.SSLSyscallError, ssl.SSLZeroReturnError)
 """TLS errors of a server that dies during the handshake; it may come back."""
@@ -94,9 +94,9 @@ class Endpoint:
         self.is_sentinel = sentinels is not None
         self._class = connection_class
         self._options = {k: v for k, v in options.items() if k not in _NOT_OURS}
+        limit = _CONNECT_TIMEOUT
         for timeout in ("socket_connect_timeout", "socket_timeout"):
-            if self._options.get(timeout) is None:
-                self._options[timeout] = _CONNECT_TIMEOUT
+            limit = self._options[timeout] = self._options.get(timeout) or limit
         self._sentinels = sentinels
         self._master = master
         self._client_options = {k: v for k, v in options.items() if k not in _NOT_A_CLIENTS}

@@ -1,0 +1,205 @@
+"""The shape of the package and of its tests: what imports what, and what stands where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import eventbus
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "eventbus"
+
+LEVELS = """
+_errors server
+_patterns _messages _sequences
+_events _index _settings
+_envelope _router
+_handlers transports.base
+_lanes _reports transports.memory
+_dispatch _gaps _publisher transports._endpoint transports._link
+_receiver transports._outbox
+_routes transports._inbox
+_run transports._liveness
+transports.redis
+transports
+_bus
+__init__
+"""
+"""A module imports only from lines above its own. Leafs (doors without an underscore that are not
+named here) import public names only. A new module of the engine must be entered."""
+
+LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}
+PURE = "_errors _patterns _events _messages _envelope _handlers _index _router _sequences".split()
+MAY_PRINT = {"cli", "demo", "server"}
+MAX_LINES = 450
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """The parsed file."""
+    return ast.parse(path.read_text(), str(path))
+
+
+def name_of(path: Path) -> str:
+    """`transports.base` for transports/base.py, `transports` for its __init__."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+LEAFS = [name for name in MODULES if name not in LEVEL and not name.startswith("_")]
+TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if path.parent.name != "typing")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Every import, at whatever depth and for whom: the line, and the full name of the module."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                is_module = full.removeprefix("eventbus.") in MODULES
+                yield node.lineno, full if is_module else str(node.module)
+
+
+def own_imports(name: str) -> Iterator[tuple[int, str]]:
+    """The imports of this package's modules, without the package's name."""
+    for line, full in imports(MODULES[name]):
+        if full == "eventbus":
+            yield line, "__init__"
+        elif full.startswith("eventbus."):
+            yield line, full.removeprefix("eventbus.")
+
+
+def test_every_module_has_its_level() -> None:
+    """The table names the modules of the engine, each once, and nothing that is gone."""
+    assert len(LEVELS.split()) == len(LEVEL)
+    assert set(LEVEL) <= set(MODULES)
+    assert [name for name in MODULES if name not in LEVEL and name not in LEAFS] == []
+
+
+@pytest.mark.parametrize("name", LEVEL)
+def test_imports_point_down(name: str) -> None:
+    """A module of the engine imports only modules of a lower level, never one beside it."""
+    wrong = [
+        f"line {line}: {other}"
+        for line, other in own_imports(name)
+        if LEVEL.get(other, len(LEVEL)) >= LEVEL[name]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", LEAFS)
+def test_leafs_use_public_names(name: str) -> None:
+    """A leaf imports `eventbus` and open doors, nothing private."""
+    wrong = [
+        f"line {line}: {other}"
+        for line, other in own_imports(name)
+        if other != "__init__" and any(part.startswith("_") for part in other.split("."))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_core_is_pure(name: str) -> None:
+    """What decides neither waits nor imports anything that does."""
+    waiting = (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)
+    assert [
+        node.lineno for node in ast.walk(tree(MODULES[name])) if isinstance(node, waiting)
+    ] == []
+    banned = {"asyncio", "anyio", "redis", "hiredis", "socket", "threading", "time"}
+    assert [full for _, full in imports(MODULES[name]) if full.split(".")[0] in banned] == []
+
+
+@pytest.mark.parametrize("name", ["_errors", "server"])
+def test_the_bottom_is_the_standard_library(name: str) -> None:
+    """The lowest modules import the standard library alone, but for packages looked for inside."""
+    outside = {
+        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in tree(MODULES[name]).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert {str(full).split(".")[0] for full in outside} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_is_readable(name: str) -> None:
+    """A module says what it is, and neither asserts, prints nor hides."""
+    path = MODULES[name]
+    text = path.read_text()
+    assert ast.get_docstring(tree(path))
+    assert "pragma: no" not in text
+    nodes = list(ast.walk(tree(path)))
+    assert [node.lineno for node in nodes if isinstance(node, ast.Assert)] == []
+    prints = [
+        node.lineno
+        for node in nodes
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    ]
+    assert name in MAY_PRINT or prints == []
+
+
+def test_every_module_fits_in_the_head() -> None:
+    """No module is longer than the limit."""
+    sizes = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
+
+
+def test_all_is_what_is_public() -> None:
+    """`__all__` is sorted, and lists the public names of the package, no more and no less."""
+    listed = eventbus.__all__
+    assert listed == sorted(listed)
+    bound = {
+        alias.asname or alias.name
+        for node in tree(PACKAGE / "__init__.py").body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(listed) == {name for name in bound if not name.startswith("_")}
+    assert all(hasattr(eventbus, name) for name in listed)
+
+
+def test_redis_is_imported_when_it_is_needed() -> None:
+    """`import eventbus` imports neither redis nor hiredis, and making a memory bus does not."""
+    code = (
+        "import sys, eventbus; eventbus.EventBus('memory://x');"
+        "print([name for name in sys.modules if name.split('.')[0] in ('redis', 'hiredis')])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_every_test_says_what_must_be_true(path: Path) -> None:
+    """Each test has a sentence, and none waits by the clock."""
+    for node in ast.walk(tree(path)):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert not node.name.startswith("test_") or ast.get_docstring(node), where
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func).split(".")[-1] != "sleep", where
+
+
+def test_every_test_has_a_limit() -> None:
+    """A test that hangs is ended, and no line is spared the coverage report by a comment."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert float(config["pytest"]["timeout"]) <= 60
+    assert not any("pragma" in line for line in config["coverage"]["report"]["exclude_lines"])
