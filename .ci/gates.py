@@ -24,10 +24,13 @@ PURE = (
     "_patterns",
     "_events",
     "_messages",
+    "_codec",
     "_envelope",
     "_handlers",
+    "_index",
     "_router",
     "_sequences",
+    "_settings",
     "transports/base",
 )
 # Elsewhere some branches need an accident that no test can order at the right moment.

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from eventbus._envelope import DICT, Frame, Reader, event_reader, model_reader
+from eventbus._codec import DICT, Reader, event_reader, model_reader
+from eventbus._envelope import Frame
 from eventbus._errors import InvalidEvent, InvalidHandler
 from eventbus._events import Event
 from eventbus._messages import Message

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from anyio import CapacityLimiter
 
-from eventbus._envelope import Frame, Reader
+from eventbus._codec import Reader
+from eventbus._envelope import Frame
 from eventbus._errors import InvalidHandler
 from eventbus._handlers import Body, CallPlan
 from eventbus._messages import HandlerStats

@@ -16,10 +16,9 @@ from time import time_ns
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from eventbus._codec import encode_data, event_writer
 from eventbus._envelope import (
     DATA,
-    encode_data,
-    event_writer,
     is_plain,
     write_head,
     write_headers,

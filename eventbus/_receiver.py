@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from eventbus._dispatch import Dispatcher, Middleware
-from eventbus._envelope import Frame, Reader, is_plain, own_layout, peek, read_head, time_of
+from eventbus._envelope import Frame, is_plain, own_layout, peek, read_head, time_of
 from eventbus._errors import BusClosed, InvalidEvent
 from eventbus._gaps import GapLane
 from eventbus._handlers import Body, CallPlan
@@ -29,53 +29,17 @@ from eventbus._reports import Reports, finish
 from eventbus._router import Command, Router, Subscription, wanted
 from eventbus._sequences import Inbound
 from eventbus._settings import Settings
+from eventbus._targets import Channel, Choice
 from eventbus.transports.base import PROBE_PREFIX
 
 _MAX_CHANNELS = 8192
 """Channels whose routes are remembered, per subscription."""
-_MAX_TYPES = 64
 _MAX_TIMES = 256
 """Times that were found good; messages of one millisecond share one."""
 _MAX_DROPS = 1000
 """Channels named one by one in the overflow gaps of one second."""
 
 _DropKey = tuple[str, str, str | None]
-
-
-class _Choice:
-    """Who gets the messages of one type on one channel, and who skips them. `only`: exactly one
-    gets them and nobody skips them. `odd`: the type is not what its bytes say."""
-
-    __slots__ = ("odd", "only", "skipped", "targets")
-
-    def __init__(self, targets: Sequence[Target], type: bytes) -> None:
-        self.targets = tuple(target for target in targets if target.wants(type))
-        self.skipped = tuple(target.lane for target in targets if not target.wants(type))
-        self.odd = not is_plain(type)
-        self.only: tuple[Target, Reader | None] | None = None
-        if len(self.targets) == 1 and not self.skipped:
-            self.only = (self.targets[0], self.targets[0].lane.body.reader_for(type))
-
-
-class _Channel:
-    """What the frames of one channel, through one subscription, have in common. `first`: this copy
-    of a message is the one that counts."""
-
-    __slots__ = ("by_type", "first", "key", "name", "targets")
-
-    def __init__(self, key: bytes, targets: Sequence[Target], first: bool) -> None:
-        self.key = key
-        self.name = decode_name(key)
-        self.targets = targets
-        self.first = first
-        self.by_type: dict[bytes, _Choice] = {}
-
-    def choose(self, type: bytes) -> _Choice:
-        """Work out who wants this type, and remember it."""
-        if len(self.by_type) >= _MAX_TYPES:
-            self.by_type.clear()
-        choice = self.by_type[type] = _Choice(self.targets, type)
-        return choice
 
 
 class Receiver:
@@ -110,10 +74,10 @@ class Receiver:
         self._max_payload = settings.max_payload
         self._skip = len(settings.prefix.encode())
         self._limit = 0 if settings.bare else settings.max_payload
-        self._channels: dict[Subscription, dict[bytes, _Channel]] = {}
+        self._channels: dict[Subscription, dict[bytes, Channel]] = {}
         self._times: set[bytes] = set()
         self._current: Subscription | None = None
-        self._known: dict[bytes, _Channel] = {}
+        self._known: dict[bytes, Channel] = {}
         self._version = -1
         self._drops: Counter[_DropKey] = Counter()
         self._drops_since: dict[_DropKey, datetime] = {}
@@ -308,7 +272,7 @@ class Receiver:
             lane.put_all(waiting)
             waiting.clear()
 
-    def _spread(self, choice: _Choice, source: bytes, frame: Frame) -> None:
+    def _spread(self, choice: Choice, source: bytes, frame: Frame) -> None:
         """A frame that no handler, or more than one, wants."""
         for target in choice.targets:
             if target.lane.echo or source != self._source:
@@ -316,7 +280,7 @@ class Receiver:
         for lane in choice.skipped:
             lane.skipped += 1
 
-    def _unusual(self, known: _Channel, payload: bytes) -> None:
+    def _unusual(self, known: Channel, payload: bytes) -> None:
         """A frame with headers, of another publisher, without an envelope, or too large."""
         frame = Frame(known.name, payload)
         is_large = len(payload) > self._max_payload
@@ -356,7 +320,7 @@ class Receiver:
         self._current = subscription
         self._known = self._channels.setdefault(subscription, {})
 
-    def _learn(self, subscription: Subscription, channel: bytes) -> _Channel:
+    def _learn(self, subscription: Subscription, channel: bytes) -> Channel:
         """Work out what frames of this channel (its name on the wire) have in common."""
         wire, channel = channel, channel[self._skip :]
         matches, first = self.router.resolve(subscription, channel)
@@ -372,7 +336,7 @@ class Receiver:
             first = False  # what buses say to themselves is no message
         if len(self._known) >= _MAX_CHANNELS:
             self._known.clear()
-        known = self._known[wire] = _Channel(channel, targets, first)
+        known = self._known[wire] = Channel(channel, targets, first)
         return known
 
     # -- Gaps ------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from eventbus import Event, Message
-from eventbus._envelope import Frame, encode_data, message_of
+from eventbus._codec import encode_data
+from eventbus._envelope import Frame, message_of
 from eventbus._handlers import SKIP, stream_body
 
 T = TypeVar("T")
