@@ -38,7 +38,9 @@ __init__
 named here) import public names only. A new module of the engine must be entered."""
 
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}
-PURE = "_errors _patterns _events _messages _codec _envelope _handlers _index _router _sequences".split()
+PURE = """
+_errors _patterns _events _messages _codec _envelope _handlers _index _router _sequences
+""".split()
 MAY_PRINT = {"cli", "demo", "server"}
 MAX_LINES = 450
 
