@@ -131,7 +131,7 @@ def body_of(annotation: Any, bare: bool = False) -> Body:
         if len(members) > 1 and not _has_discriminator(annotation):
             raise ValueError("a bare wire has no type: a union needs a discriminator of its own")
         return Body(model_reader(annotation), bare=True)
-    if len(members) > 1 or issubclass(members[0], Event):
+    if len(members) > 1 or all(issubclass(member, Event) for member in members):
         return events_body(members)
     return Body(model_reader(annotation))
 

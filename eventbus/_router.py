@@ -183,7 +183,7 @@ class Router(Generic[R]):
         heirs = self._heirs.pop(subscription, {})
         for member in list(self._carried.get(subscription, ())):
             heir = heirs.get(member, self._cover.get(member))
-            if heir in self.live:
+            if heir is not None and heir in self.live:
                 self._carry(member, heir)
             else:
                 self._drop_carrier(member)
@@ -339,7 +339,7 @@ class Router(Generic[R]):
             if subscription in self._targets:
                 homeless.update(dict.fromkeys(self._unset_target(subscription)))
             target = self._cover.pop(subscription, None)
-            if target in self._targets:
+            if target is not None and target in self._targets:
                 self._targets[target].discard(subscription)
             homeless.pop(subscription, None)
             self._forget_shape(subscription)

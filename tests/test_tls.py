@@ -60,8 +60,14 @@ class Authority:
             not_valid_before=now - timedelta(days=60),
             not_valid_after=now + timedelta(days=days),
         )
-        for extension in extensions:
-            builder = builder.add_extension(extension, critical=True)
+        issuer = self._key.public_key()
+        for extension in (  # Python 3.13 asks for the identifiers
+            *extensions,
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer),
+        ):
+            critical = isinstance(extension, x509.BasicConstraints)
+            builder = builder.add_extension(extension, critical=critical)
         return builder.sign(self._key, hashes.SHA256())
 
     def certificate(self, name: str, *, days: int = 30, host: str = "localhost") -> list[str]:
