@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 import anyio
 
-from eventbus._errors import BusClosed, EventBusError, InvalidHandler
+from eventbus._errors import BusClosed, BusUnavailable, EventBusError, InvalidHandler
 from eventbus._events import Event
 from eventbus._handlers import is_async, names_of_caller, stream_body
 from eventbus._lanes import Options, Overflow
@@ -240,7 +240,11 @@ class EventBus(Declarations):
         InvalidEvent, InvalidChannel, BusClosed. Cancelled before the write: certainly not sent.
         """
         publisher = self._here().publisher
-        begun = publisher.begin(channel, event)
+        try:
+            begun = publisher.begin(channel, event)
+        except BusUnavailable:
+            await asyncio.sleep(0)  # a loop that tries again must not keep the bus from coming back
+            raise
         if not isinstance(begun, tuple):
             return await begun
         outgoing, future = begun

@@ -12,8 +12,6 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from anyio import to_thread
-
 from eventbus._envelope import Frame, message_of
 from eventbus._errors import InvalidEvent
 from eventbus._handlers import SKIP
@@ -182,6 +180,8 @@ class Dispatcher:
         timeout: float | None,
     ) -> Any:
         """A thread cannot be cancelled: one that overruns has failed, and keeps its place."""
+        from anyio import to_thread
+
         running = asyncio.ensure_future(
             to_thread.run_sync(call, abandon_on_cancel=True, limiter=target.lane.limiter)
         )

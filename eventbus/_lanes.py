@@ -13,8 +13,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from anyio import CapacityLimiter
-
 from eventbus._codec import Reader
 from eventbus._envelope import Frame
 from eventbus._errors import InvalidHandler
@@ -206,6 +204,12 @@ class _Latest:
         return self._items.popitem(last=newest)[1]
 
 
+def _limiter(threads: int) -> Any:
+    from anyio import CapacityLimiter  # few buses have `def` handlers: import it for these
+
+    return CapacityLimiter(threads)
+
+
 def _queue_for(options: Options) -> _Plain | _PerChannel | _Latest:
     if options.overflow == "latest":
         return _Latest()
@@ -257,7 +261,7 @@ class Lane:
         self.body = body
         self.plan = plan
         self.patterns: list[Pattern] = []
-        self.limiter = CapacityLimiter(options.concurrency) if plan and plan.threaded else None
+        self.limiter = _limiter(options.concurrency) if plan and plan.threaded else None
         self.queue = _queue_for(options)
         self.bytes = 0
         self.delivered = self.dropped = self.failed = self.skipped = self.conflated = 0

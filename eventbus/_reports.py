@@ -12,8 +12,6 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from anyio import to_thread
-
 from eventbus._errors import InvalidEvent
 from eventbus._handlers import name_of
 from eventbus._messages import Message
@@ -45,6 +43,8 @@ async def call_plain(fn: Callable[..., Any], *args: object, is_async: bool) -> N
     if is_async:
         await fn(*args)
     else:
+        from anyio import to_thread
+
         await to_thread.run_sync(partial(fn, *args), abandon_on_cancel=True)
 
 

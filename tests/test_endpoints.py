@@ -466,4 +466,4 @@ def test_the_insides_of_redis_py_are_touched_in_one_place() -> None:
                     ours = isinstance(node.value, ast.Name) and node.value.id == "self"
                     touched |= set() if ours else {f"{file.name}:{function.name}"}
 
-    assert touched == {"_link.py:adopt", "_link.py:close"}
+    assert touched == {"_link.py:adopt"}

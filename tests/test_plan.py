@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
@@ -276,6 +276,7 @@ def test_routes_come_and_go_under_traffic(
         settings=settings(
             max_examples=30 * CAMPAIGN,
             stateful_step_count=30,
+            phases=[Phase.generate],  # what a real server did cannot be shrunk
             suppress_health_check=list(HealthCheck),
         ),
     )

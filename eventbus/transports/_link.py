@@ -31,12 +31,12 @@ class Link(asyncio.BufferedProtocol):
         self.paused = False
         self.last_read = loop.time()
         self._time = loop.time
-        self._connection = connection  # owns the writer, whose end would close the socket
         self._pressure = pressure
         self._replies = hiredis.Reader()
         self._buffer = memoryview(bytearray(_BITE))
         self._small = self._buffer[:_SMALL_BITE]
-        self._transport: asyncio.Transport = adopt(connection, self)
+        self._writer = adopt(connection, self)  # its end would close the socket
+        self._transport: asyncio.WriteTransport = self._writer.transport
 
     def write(self, data: bytes) -> None:
         """Hand bytes to the socket. Nothing happens on a link that is over."""
@@ -50,9 +50,8 @@ class Link(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def close(self) -> None:
-        """Close the connection, and let redis-py forget it."""
+        """Close the connection."""
         self.fail("closed")
-        self._connection._reader = self._connection._writer = None
 
     # -- asyncio's side ----------------------------------------------------------------------------
 
@@ -99,15 +98,17 @@ class Link(asyncio.BufferedProtocol):
         self.on_writable()
 
 
-def adopt(connection: Any, link: Link) -> asyncio.Transport:
-    """Take the socket of a connected redis-py connection over. Tested with the oldest and the
-    newest supported version; nothing else may touch these two private attributes."""
+def adopt(connection: Any, link: Link) -> asyncio.StreamWriter:
+    """Take the socket of a connected redis-py connection over, which forgets it. Tested with the
+    oldest and the newest supported version; nothing else may touch these private attributes."""
     reader, writer = connection._reader, connection._writer
-    transport: asyncio.Transport = writer.transport
+    connection._reader = connection._writer = None
+    transport = writer.transport
     transport.set_write_buffer_limits(high=0)
     transport.set_protocol(link)
     transport.resume_reading()
     early = bytes(reader._buffer)
     if early:
         link.parse(early)
-    return transport
+    taken: asyncio.StreamWriter = writer
+    return taken
