@@ -78,6 +78,7 @@ class Receiver:
         self._times: set[bytes] = set()
         self._current: Subscription | None = None
         self._known: dict[bytes, Channel] = {}
+        self._seen: set[bytes] = set()
         self._version = -1
         self._drops: Counter[_DropKey] = Counter()
         self._drops_since: dict[_DropKey, datetime] = {}
@@ -334,9 +335,15 @@ class Receiver:
             targets.append(Target(lane, name, pattern.text, shown, static))
         if channel.startswith(PROBE_PREFIX):
             first = False  # what buses say to themselves is no message
-        if len(self._known) >= _MAX_CHANNELS:
-            self._known.clear()
-        known = self._known[wire] = Channel(channel, targets, first)
+        known = Channel(channel, targets, first)
+        if wire in self._seen:
+            if len(self._known) >= _MAX_CHANNELS:
+                self._known.clear()
+            self._known[wire] = known
+        else:  # most channels that are met once are never met again: only their name is kept
+            if len(self._seen) >= _MAX_CHANNELS:
+                self._seen.clear()
+            self._seen.add(wire)
         return known
 
     # -- Gaps ------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class Run:
                 if is_new:
                     await self.forget(lane)
                 else:
-                    self.send(self.receiver.discard(lane, fresh))
+                    await self._discard(lane, fresh)
             if isinstance(error, TimeoutError):
                 raise BusUnavailable(
                     f"{self.transport.describe()} did not confirm {_listed(fresh)} within"
@@ -202,11 +202,16 @@ class Run:
             raise
 
     async def discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
-        """Take patterns from a lane, at a point of the stream: its other patterns may answer for
-        the same channels, and each message must meet one state only."""
+        """Take patterns from a lane."""
         if self._over:
             return
         self.check_here()
+        async with lane.lock:
+            await self._discard(lane, patterns)
+
+    async def _discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
+        """At a point of the stream: the other patterns of the lane may answer for the same
+        channels, and each message must meet one state only."""
         reached = self.loop.create_future()
 
         def switch() -> None:
@@ -214,9 +219,8 @@ class Run:
             if not reached.done():
                 reached.set_result(None)
 
-        async with lane.lock:
-            self.transport.fence(switch)
-            await asyncio.wait({reached}, timeout=self._settings.connect_timeout)
+        self.transport.fence(switch)
+        await asyncio.wait({reached}, timeout=self._settings.connect_timeout)
 
     async def forget(self, lane: Lane) -> None:
         """Take a lane out, with all that waits in it. Nothing more to do when the run is over."""
