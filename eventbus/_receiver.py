@@ -224,6 +224,7 @@ class Receiver:
         recognise, hear, limit, mine = own_layout, self.sequences.hear, self._limit, self._source
         waiting: list[Item] = []
         lane: Lane | None = None
+        heard = 0
         for row in rows:
             channel, payload = row[-2], row[-1]
             known = self._known.get(channel) or self._learn(subscription, channel)
@@ -241,7 +242,7 @@ class Receiver:
                 self._unusual(known, payload)
                 continue
             if known.first:
-                self.received += 1
+                heard += 1
                 missed = hear(known.key, source, int(number))
                 if missed:
                     self._missed(known.name, source, missed)
@@ -257,6 +258,7 @@ class Receiver:
             if target.lane.echo or source != mine:
                 waiting.append((target, payload, found.end(), reader, None))
         self._put(lane, waiting)
+        self.received += heard
 
     def _is_odd(self, source: bytes, time: bytes) -> bool:
         """Look at what the fast recognition passed over: whether the long way must judge it."""
