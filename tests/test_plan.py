@@ -240,6 +240,7 @@ def portal() -> Iterator[BlockingPortal]:
         yield found
 
 
+@pytest.mark.timeout(240)  # under coverage every message costs several times as much
 def test_routes_come_and_go_under_traffic(
     server: Server,
     request: pytest.FixtureRequest,
@@ -274,7 +275,7 @@ def test_routes_come_and_go_under_traffic(
     run_state_machine_as_test(
         Traffic,
         settings=settings(
-            max_examples=30 * CAMPAIGN,
+            max_examples=12 * CAMPAIGN,
             stateful_step_count=30,
             phases=[Phase.generate],  # what a real server did cannot be shrunk
             suppress_health_check=list(HealthCheck),
