@@ -29,7 +29,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="rounds of each section (5)")
     parser.add_argument("--only", help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, help=f"the JSON; a full run's is {PUBLISHED}")
-    parser.add_argument("--profile", action="store_true", help="stages of one message, no table")
+    parser.add_argument("--profile", action="store_true", help="the profile of a message alone")
     chosen = parser.parse_args()
     chosen.sections = tuple(chosen.only.split(",")) if chosen.only else SECTIONS
     if chosen.quick and not chosen.only:
@@ -73,6 +73,8 @@ def main() -> None:
     print(f"median of {'-'.join(map(str, sorted(rounds))) or 0} alternating runs; flood: {PACING}")
     print(rendered(found))
     print(judgement(judged))
+    if not chosen.quick:
+        print("\nthe profile of a message\n" + stages())
     if chosen.out:
         text = json.dumps(document(runs, found, judged), indent=1)
         chosen.out.write_text(text + "\n")
