@@ -298,7 +298,8 @@ async def test_the_size_cap_comes_before_parsing(url: str) -> None:
         await errors.reach(1)
 
         assert errors[0].reasons == ("payload: too large",)
-        assert len(bus._run.receiver.sequences) == 0 if bus._run else False
+        assert bus._run is not None
+        assert len(bus._run.receiver.sequences) == 0
 
 
 async def test_a_secret_in_a_url_without_a_scheme_is_not_shown() -> None:
