@@ -10,7 +10,7 @@ ARGS ?=
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench demo test check coverage bench docs clean
+.PHONY: help setup setup-bench demo test check coverage faults bench docs clean
 
 bin := $(VENV)/bin/python
 # A PYTHON that somebody named replaces an environment of another version; the default never does.
@@ -24,6 +24,7 @@ help:
 	@echo "make test      the test suite"
 	@echo "make check     lint, format, types, documentation"
 	@echo "make coverage  the test suite again, measured, and its gates"
+	@echo "make faults    the long fault tests, the fuzzer and the soak; about 25 minutes"
 	@echo "make bench     our speed beside other clients; ARGS=--quick for a short run"
 	@echo "make docs      the documentation, into site/"
 	@echo "make clean     remove the environments and everything that was made"
@@ -55,6 +56,9 @@ coverage: setup
 	@$(bin) -m coverage report
 	@$(bin) -m coverage json --quiet -o build/coverage.json
 	@$(bin) .ci/gates.py coverage build/coverage.json
+
+faults: setup-bench
+	@$(bin) -m pytest -m long --timeout 900 $(ARGS)
 
 bench: setup-bench
 	@$(bin) -m benchmarks $(ARGS)

@@ -16,10 +16,12 @@ import pytest
 import redis.asyncio
 from anyio.lowlevel import checkpoint
 from redis.asyncio.sentinel import Sentinel
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from eventbus import BusUnavailable, EventBus, Gap, PublishUncertain
 from eventbus.server import Server
+from eventbus.transports._endpoint import _sentinels
 from tests.helpers import Lines, Seen, soon
 from tests.test_failure import Note, listener, publish_until
 
@@ -291,3 +293,26 @@ async def test_a_start_on_a_replica_is_refused(lonely: tuple[Server, str]) -> No
     await make_replica(master, "127.0.0.1", "1")
     with pytest.raises(BusUnavailable, match="replica"):
         await soon(EventBus(url, connect_timeout=0.5).start())
+
+
+async def test_two_discoveries_at_once_keep_every_sentinel() -> None:
+    """The publisher and the subscriber ask at the same time: no Sentinel is lost to either
+    (tests/upstream: redis-py's own list loses one)."""
+    sentinels = _sentinels([("localhost", 1), ("localhost", 2), ("localhost", 3)], {})
+    known = set(sentinels.sentinels)
+    first, second, third = sentinels.sentinels
+
+    async def fails() -> None:
+        await checkpoint()
+        raise RedisConnectionError
+
+    async def answers() -> dict[str, dict[str, object]]:
+        await checkpoint()
+        state = {"is_master": True, "is_sdown": False, "is_odown": False, "ip": "::1", "port": 1}
+        return {"main": state | {"num-other-sentinels": 2}}
+
+    first.sentinel_masters = fails
+    second.sentinel_masters = third.sentinel_masters = answers
+    await asyncio.gather(sentinels.discover_master("main"), sentinels.discover_master("main"))
+
+    assert set(sentinels.sentinels) == known

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import (
     Connection,
@@ -283,7 +284,21 @@ def _sentinels(addresses: Iterable[tuple[str, int]], options: Mapping[str, Any])
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
-    return Sentinel(addresses, sentinel_kwargs=ours)  # type: ignore[no-untyped-call]
+    return _Sentinels(addresses, sentinel_kwargs=ours)
+
+
+class _Sentinels(Sentinel):
+    """Sentinels that are asked by one task at a time: redis-py moves the one that answered to the
+    front of a shared list, and two tasks that do so at once lose another one of them for ever."""
+
+    def __init__(self, addresses: Iterable[tuple[str, int]], **options: Any) -> None:
+        super().__init__(addresses, **options)  # type: ignore[no-untyped-call]
+        self._asking = anyio.Lock()
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        async with self._asking:
+            found: tuple[str, int] = await super().discover_master(service_name)
+            return found
 
 
 def endpoint_of_client(client: Any, options: Mapping[str, Any]) -> Endpoint:
