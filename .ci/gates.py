@@ -23,6 +23,7 @@ PURE = (
     "_errors",
     "_patterns",
     "_events",
+    "_beats",
     "_messages",
     "_codec",
     "_envelope",

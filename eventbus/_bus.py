@@ -49,6 +49,8 @@ class EventBus(Declarations):
     wire: "bare" publishes and reads JSON without an envelope.
     outage: what a publish does while Redis is away: "fail", "drop", or a `Buffer`.
     heartbeat: a silent connection is tested after this long and dead after twice this; None: never.
+    beat: announce the last numbers of changed channels at each heartbeat, and compare what others
+    announce: loss is found although nothing follows it (docs/delivery.md says what it costs).
     on_denied: "raise" at start when a pattern is denied, or "degrade" and say so in `health()`.
     """
 
@@ -67,6 +69,7 @@ class EventBus(Declarations):
         connect_timeout: float = 10.0,
         drain_timeout: float = 10.0,
         on_denied: Literal["raise", "degrade"] = "raise",
+        beat: bool = False,
         max_payload: int = 1 << 20,
         max_pending_bytes: int = 64 << 20,
         redis_options: dict[str, Any] | None = None,
@@ -82,6 +85,7 @@ class EventBus(Declarations):
             connect_timeout=connect_timeout,
             drain_timeout=drain_timeout,
             on_denied=on_denied,
+            beat=beat,
             max_payload=max_payload,
             max_pending_bytes=max_pending_bytes,
             redis_options=dict(redis_options or {}),

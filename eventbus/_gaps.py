@@ -1,11 +1,14 @@
-"""Gaps on their way to `on_gap` handlers: lanes that merge by summing and drop nothing."""
+"""Gaps on their way to `on_gap` handlers: lanes that merge by summing and drop nothing, and the
+sums of what other lanes dropped."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from eventbus._handlers import name_of
@@ -16,7 +19,46 @@ from eventbus._reports import Reports, call_plain, inside, was_cancelled
 _MAX_KEYS = 10_000
 """Gaps that wait for one handler. Beyond, they merge into one without channel and source."""
 
+_MAX_DROPS = 1000
+"""Channels named one by one in the overflow gaps of one second."""
+
+_Dropped = tuple[str, str, str | None]
 _Key = tuple[str, str | None, str | None, str | None, str | None]
+
+
+class Drops:
+    """What lanes dropped, summed into `"overflow"` gaps at most once a second."""
+
+    def __init__(self, tell: Callable[[Gap], None]) -> None:
+        self._tell = tell
+        self._counts: Counter[_Dropped] = Counter()
+        self._since: dict[_Dropped, datetime] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._told = 0.0
+
+    def add(self, handler: str, pattern: str, channel: str) -> None:
+        """One message of this channel was dropped for this handler."""
+        key: _Dropped = (handler, pattern, channel)
+        if key not in self._counts and len(self._counts) >= _MAX_DROPS:
+            key = (handler, pattern, None)
+        self._counts[key] += 1
+        self._since.setdefault(key, datetime.now(UTC))
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            due = max(loop.time() + 0.1, self._told + 1.0)
+            self._timer = loop.call_at(due, self.tell)
+
+    def tell(self) -> None:
+        """Tell now what was summed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._told = asyncio.get_running_loop().time()
+        counts, self._counts = self._counts, Counter()
+        since, self._since = self._since, {}
+        for key, missed in counts.items():
+            handler, pattern, channel = key
+            self._tell(Gap("overflow", handler, pattern, channel, None, missed, since[key]))
 
 
 class GapLane:

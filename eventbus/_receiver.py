@@ -17,10 +17,11 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any
 
+from eventbus._beats import Listener
 from eventbus._dispatch import Dispatcher, Middleware
 from eventbus._envelope import Frame, is_plain, own_layout, peek, read_head, time_of
 from eventbus._errors import BusClosed, InvalidEvent
-from eventbus._gaps import GapLane
+from eventbus._gaps import Drops, GapLane
 from eventbus._handlers import Body, CallPlan
 from eventbus._lanes import Item, Lane, Options, Pool, Target
 from eventbus._messages import EMPTY, Gap, HandlerStats
@@ -36,10 +37,6 @@ _MAX_CHANNELS = 8192
 """Channels whose routes are remembered, per subscription."""
 _MAX_TIMES = 256
 """Times that were found good; messages of one millisecond share one."""
-_MAX_DROPS = 1000
-"""Channels named one by one in the overflow gaps of one second."""
-
-_DropKey = tuple[str, str, str | None]
 
 
 class Receiver:
@@ -58,6 +55,9 @@ class Receiver:
     ) -> None:
         self.router: Router[Lane] = Router()
         self.sequences = Inbound()
+        self.listener = (
+            Listener(self.sequences, self.router.hears, self._announced) if settings.beat else None
+        )
         self.pool = Pool(settings.max_pending_bytes)
         self.lanes: dict[str, Lane] = {}
         self.received = self.missed = self.reconnects = 0
@@ -80,12 +80,10 @@ class Receiver:
         self._known: dict[bytes, Channel] = {}
         self._seen: set[bytes] = set()
         self._version = -1
-        self._drops: Counter[_DropKey] = Counter()
-        self._drops_since: dict[_DropKey, datetime] = {}
-        self._drops_timer: asyncio.TimerHandle | None = None
-        self._drops_told = 0.0
+        self._drops = Drops(self.tell)
         self._reopened = False
         self.away = False
+        self._before: set[Subscription] = set()  # what was live before the loss
         self._closing = False
         self._let_go: set[Subscription] = set()
         self._silent: asyncio.Future[None] | None = None
@@ -169,6 +167,8 @@ class Receiver:
         return self.router.restart() or self._after(())
 
     def confirmed(self, subscription: Subscription) -> list[Command]:
+        if self.listener is not None and subscription not in self._before:
+            self.listener.widened += 1
         return self._after(self.router.confirmed(subscription))
 
     def refused(self, subscription: Subscription) -> list[Command]:
@@ -188,8 +188,17 @@ class Receiver:
         self.away = True
         self._reopened = False
         self.since = datetime.now(UTC) - timedelta(seconds=self.age() or 0.0)
+        if self.router.live:
+            self._before = set(self.router.live)
         self.router.lost()
         self._wake()
+
+    def beat(self, payload: bytes) -> None:
+        if self.listener is not None:
+            self.listener.hear(payload, self._source)
+
+    def _announced(self, channel: bytes, source: bytes, missed: int) -> None:
+        self._missed(decode_name(channel), source, missed)
 
     def pressure(self) -> bool:
         return self.pool.pressure()
@@ -204,6 +213,9 @@ class Receiver:
         if self._reopened and not self.router.asking():
             self._reopened = self.away = False
             self.reconnects += 1
+            self._before = set()
+            if self.listener is not None:
+                self.listener.must_ask = True
             self.sequences.forget(b"", lambda channel: not self.router.hears(channel))
             self.tell(Gap("reconnect", None, None, None, None, None, self.since))
             return [*commands, *self.router.retry_denied()]
@@ -357,29 +369,9 @@ class Receiver:
                 lane.add(gap, self._reports)
 
     def _dropped(self, lane: Lane, item: Item) -> None:
-        if not self._gap_lanes:
-            return
-        key: _DropKey = (lane.name, item[0].pattern, item[0].channel)
-        if key not in self._drops and len(self._drops) >= _MAX_DROPS:
-            key = (lane.name, item[0].pattern, None)
-        self._drops[key] += 1
-        self._drops_since.setdefault(key, datetime.now(UTC))
-        if self._drops_timer is None:
-            loop = asyncio.get_running_loop()
-            due = max(loop.time() + 0.1, self._drops_told + 1.0)
-            self._drops_timer = loop.call_at(due, self.tell_drops)
-
-    def tell_drops(self) -> None:
-        """Sum what was dropped into gaps; at most once a second."""
-        if self._drops_timer is not None:
-            self._drops_timer.cancel()
-            self._drops_timer = None
-        self._drops_told = asyncio.get_running_loop().time()
-        drops, self._drops = self._drops, Counter()
-        since, self._drops_since = self._drops_since, {}
-        for key, missed in drops.items():
-            handler, pattern, channel = key
-            self.tell(Gap("overflow", handler, pattern, channel, None, missed, since[key]))
+        if self._gap_lanes:
+            target = item[0]
+            self._drops.add(lane.name, target.pattern, target.channel)
 
     def _too_large(self, frame: Frame) -> None:
         size = len(frame.payload)
@@ -405,7 +397,7 @@ class Receiver:
         for lane in list(self.lanes.values()):
             if lane.plan is not None:
                 await lane.drain()
-        self.tell_drops()
+        self._drops.tell()
         for gaps in self._gap_lanes:
             await gaps.drain(spared)
 
@@ -418,7 +410,7 @@ class Receiver:
         tasks: set[asyncio.Task[Any]] = set()
         for lane in list(self.lanes.values()):
             tasks |= lane.close()
-        self.tell_drops()
+        self._drops.tell()
         for gaps in self._gap_lanes:
             tasks |= gaps.close(spared)
         for task in self._tasks:

@@ -23,6 +23,7 @@ from eventbus._lanes import Lane
 from eventbus._messages import Health, State
 from eventbus._patterns import Pattern, check_channel, decode_name
 from eventbus._publisher import Middleware, Publisher
+from eventbus._pulse import Pulse
 from eventbus._receiver import Receiver
 from eventbus._reports import Reports, inside, logger
 from eventbus._router import Command
@@ -80,6 +81,8 @@ class Run:
             settings=settings,
             on_fatal=self._fatal,
         )
+        listener = self.receiver.listener
+        self._pulse = None if listener is None else Pulse(settings, source, transport, listener)
         self.receiver.age = lambda: transport.status().last_received_age
         self.publisher = Publisher(
             transport=transport,
@@ -123,7 +126,7 @@ class Run:
             everything += item.patterns
         try:
             async with asyncio.timeout(settings.connect_timeout):
-                number = Outbound().take
+                number = Outbound().take if self._pulse is None else self._pulse.number
                 await self.transport.start(receiver, settings, self._instance, number)
                 denied = await receiver.settled(everything)
         except TimeoutError:
@@ -138,6 +141,8 @@ class Run:
         if denied and settings.on_denied == "raise":
             raise self._denied(list(dict.fromkeys(denied)))
         self._ready = True
+        if self._pulse is not None:
+            self._pulse.tick()
         self._retry = self.loop.call_later(_RETRY_DENIED, self._retry_denied)
 
     def _retry_denied(self) -> None:
@@ -293,6 +298,8 @@ class Run:
         self._ready, self._over = False, True
         if self._retry is not None:
             self._retry.cancel()
+        if self._pulse is not None:
+            self._pulse.close()
         try:
             await self.receiver.close(self._spared)
             await self.publisher.close(self._spared)

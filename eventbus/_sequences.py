@@ -8,7 +8,7 @@ dictionaries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 LIMIT = 65_536
 
@@ -20,9 +20,11 @@ class Outbound:
     used since is forgotten. So this costs one look-up, and what is in use stays.
     """
 
-    __slots__ = ("_half", "_old", "_young")
+    __slots__ = ("_half", "_old", "_young", "forgot")
 
     def __init__(self, limit: int = LIMIT) -> None:
+        self.forgot = False
+        """Whether a channel was forgotten: since then 1 may be a number that was given before."""
         self._young: dict[bytes, int] = {}
         self._old: dict[bytes, int] = {}
         self._half = max(1, limit // 2)
@@ -33,17 +35,31 @@ class Outbound:
         if number is None:
             number = self._old.get(channel, 0)
             if len(self._young) >= self._half:
+                self.forgot = self.forgot or bool(self._old)
                 self._old, self._young = self._young, {}
         self._young[channel] = number + 1
         return number + 1
+
+    def last(self, channel: bytes) -> int:
+        """The last number given to this channel; 0 when it was never used, or was forgotten."""
+        return self._young.get(channel) or self._old.get(channel, 0)
+
+    def channels(self) -> Iterator[bytes]:
+        """Every channel that is remembered, those not used for long first."""
+        yield from (channel for channel in self._old if channel not in self._young)
+        yield from self._young
 
 
 class Inbound:
     """The last number heard from each source on each channel, in two generations as `Outbound`."""
 
-    __slots__ = ("_count", "_half", "_old", "_young")
+    __slots__ = ("_count", "_half", "_old", "_young", "firsts", "forgot")
 
     def __init__(self, limit: int = LIMIT) -> None:
+        self.firsts: dict[tuple[bytes, bytes], int] | None = None
+        """When somebody asks for it: how many came before the first one that was heard."""
+        self.forgot = False
+        """Whether a pair was forgotten because there are too many."""
         self._young: dict[bytes, dict[bytes, int]] = {}
         self._old: dict[bytes, dict[bytes, int]] = {}
         self._count = 0
@@ -69,14 +85,58 @@ class Inbound:
     def _remember(self, channel: bytes, source: bytes, number: int) -> int:
         """Put a pair into the young generation; the number before, or this one at a first sight."""
         if self._count >= self._half:
+            self.forgot = self.forgot or bool(self._old)
             self._old, self._young, self._count = self._young, {}, 0
         before = self._old.get(channel, {})
-        known = before.pop(source, number)
+        known = before.pop(source, None)
+        if known is None:
+            known = number
+            if self.firsts is not None:
+                self._note_first(self.firsts, (channel, source), number)
         if not before:
             self._old.pop(channel, None)
         self._young.setdefault(channel, {})[source] = number
         self._count += 1
         return known
+
+    def _note_first(
+        self, firsts: dict[tuple[bytes, bytes], int], pair: tuple[bytes, bytes], number: int
+    ) -> None:
+        firsts.pop(pair, None)
+        if number > 1:
+            if len(firsts) >= self._half:
+                del firsts[next(iter(firsts))]
+            firsts[pair] = number - 1
+
+    def announced(
+        self,
+        channel: bytes,
+        source: bytes,
+        number: int,
+        *,
+        everything: bool,
+        hears: Callable[[bytes], bool],
+    ) -> int:
+        """How many are missing when the source says that `number` was its last one.
+
+        `everything`: all of its messages on this channel were sent while this process listened.
+        A channel that it does not hear has none.
+        """
+        for generation in (self._young, self._old):
+            sources = generation.get(channel)
+            if sources is not None and (known := sources.get(source)) is not None:
+                missed = max(0, number - known)
+                if missed:
+                    sources[source] = number
+                if everything and self.firsts:
+                    missed += self.firsts.pop((channel, source), 0)
+                return missed
+        if not hears(channel):
+            return 0
+        self._remember(channel, source, number)
+        if self.firsts is not None:
+            self.firsts.pop((channel, source), None)
+        return number if everything else 0
 
     def forget(self, prefix: bytes, dead: Callable[[bytes], bool]) -> int:
         """Drop the channels under a literal prefix that are `dead`. Returns how many.

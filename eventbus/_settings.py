@@ -24,6 +24,7 @@ class Settings:
     connect_timeout: float = 10.0
     drain_timeout: float = 10.0
     on_denied: Literal["raise", "degrade"] = "raise"
+    beat: bool = False
     max_payload: int = 1 << 20
     max_pending_bytes: int = 64 << 20
     redis_options: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -46,6 +47,8 @@ class Settings:
             raise ValueError('on_denied is "raise" or "degrade"')
         if self.heartbeat is not None and not self.heartbeat > 0:
             raise ValueError("heartbeat is a positive number of seconds, or None")
+        if self.beat and self.heartbeat is None:
+            raise ValueError("beat=True announces at each heartbeat: heartbeat must not be None")
         timeouts = ("publish_timeout", "connect_timeout", "drain_timeout")
         for setting in (*timeouts, "max_payload", "max_pending_bytes"):
             if not getattr(self, setting) > 0:

@@ -20,13 +20,13 @@ PACKAGE = ROOT / "eventbus"
 LEVELS = """
 _errors server
 _patterns _messages _sequences
-_events _index _settings
+_events _index _settings _beats
 _codec _router
 _envelope
 _handlers transports.base
 _lanes _reports transports.memory
 _dispatch _gaps _publisher _targets transports._endpoint transports._link
-_receiver transports._outbox
+_receiver transports._outbox _pulse
 _routes transports._inbox
 _run transports._liveness
 transports.redis
@@ -39,7 +39,7 @@ named here) import public names only. A new module of the engine must be entered
 
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}
 PURE = """
-_errors _patterns _events _messages _codec _envelope _handlers _index _router _sequences
+_errors _patterns _events _messages _codec _envelope _handlers _index _router _sequences _beats
 """.split()
 MAY_PRINT = {"cli", "demo", "server"}
 MAX_LINES = 450

@@ -12,6 +12,7 @@ from typing import Any
 
 import hiredis
 
+from eventbus._reports import logger
 from eventbus._router import Command, Subscription
 from eventbus.transports._link import Link
 from eventbus.transports._outbox import command
@@ -38,11 +39,16 @@ class Inbox:
         probe: bytes,
         on_probe: Callable[[bytes], None],
         on_ready: Callable[[], None],
+        *,
+        beat: bytes | None = None,
     ) -> None:
         self._sink = sink
         self._prefix = prefix
         self._probe = probe
-        self._on_probe = on_probe
+        self._beat = beat
+        self._own: dict[bytes, Callable[[bytes], None]] = {probe: on_probe}
+        if beat is not None:
+            self._own[beat] = sink.beat
         self._on_ready = on_ready
         self._link: Link | None = None
         self._asked: deque[Command | _Ping] = deque()
@@ -66,7 +72,7 @@ class Inbox:
         self.probe_live = self.probe_denied = False
         self._literals.clear()
         self._patterns.clear()
-        self._ask([Command(True, Subscription(False, self._probe))], b"")
+        self._ask([Command(True, Subscription(False, name)) for name in self._own], b"")
         self.send(self._sink.opened())
 
     def lost(self, reason: str) -> None:
@@ -121,7 +127,7 @@ class Inbox:
             kind = reply[0] if type(reply) is list else None
             if kind == b"pmessage":
                 subscription = patterns.get(reply[1])
-            elif kind == b"message" and reply[1] != self._probe:
+            elif kind == b"message" and reply[1] not in self._own:
                 subscription = literals.get(reply[1])
             else:
                 self._hand_over(current, rows)
@@ -143,7 +149,7 @@ class Inbox:
     def _answer(self, reply: Any) -> None:
         """An answer to what was asked first, or the bus's own probe."""
         if type(reply) is list and reply[0] == b"message":
-            self._on_probe(reply[2])
+            self._own[reply[1]](reply[2])
             return
         refused = isinstance(reply, hiredis.ReplyError)
         if not self._asked:
@@ -162,7 +168,10 @@ class Inbox:
 
     def _take_effect(self, item: Command, refused: bool) -> None:
         subscription = item.subscription
-        if not subscription.pattern and subscription.name == self._probe:
+        if not subscription.pattern and subscription.name == self._beat:
+            if refused:
+                logger.warning("Redis denies the channel of the beats: nothing is compared")
+        elif not subscription.pattern and subscription.name == self._probe:
             self.probe_live, self.probe_denied = not refused, refused
         elif refused:
             self.send(self._sink.refused(subscription))

@@ -17,6 +17,8 @@ from eventbus._settings import Settings
 
 PROBE_PREFIX = b"__eventbus__:"
 """Channels that begin so are those of the buses themselves: no messages."""
+BEAT = PROBE_PREFIX + b"beat"
+"""The channel on which sources announce their last numbers (`beat=True`)."""
 
 Outcome = Exception | Literal["dropped", "conflated"]
 """What went wrong; dropped by the outage policy; replaced by a newer one."""
@@ -120,6 +122,10 @@ class Sink(Protocol):
     def frames(self, subscription: Subscription, rows: Sequence[Sequence[bytes]]) -> None:
         """Messages through this subscription, in order. A row ends with the channel as it is on the
         wire (with the namespace) and the payload."""
+        ...
+
+    def beat(self, payload: bytes) -> None:
+        """What a source announces on the channel of the beats, in the order of the stream."""
         ...
 
     def pressure(self) -> bool:

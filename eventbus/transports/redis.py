@@ -23,7 +23,7 @@ from eventbus.transports._inbox import Inbox
 from eventbus.transports._link import Link
 from eventbus.transports._liveness import Liveness
 from eventbus.transports._outbox import Outbox
-from eventbus.transports.base import PROBE_PREFIX, Outgoing, Sink, Status
+from eventbus.transports.base import BEAT, PROBE_PREFIX, Outgoing, Sink, Status
 
 _SLOW = 30.0
 """Seconds between attempts with credentials that were refused, and between those for denied
@@ -130,7 +130,14 @@ class RedisTransport:
         self._connected = loop.create_future()
         outbox = self._outbox = Outbox(settings, number, self._endpoint.shown)
         outbox.user = self.user
-        inbox = self._inbox = Inbox(sink, prefix, probe, self._on_probe, outbox.release)
+        inbox = self._inbox = Inbox(
+            sink,
+            prefix,
+            probe,
+            self._on_probe,
+            outbox.release,
+            beat=prefix + BEAT if settings.beat else None,
+        )
         back = asyncio.Event()
         self._subscriber = _Keeper(
             "subscriber",
