@@ -24,6 +24,7 @@ PURE = (
     "_patterns",
     "_events",
     "_beats",
+    "_acl",
     "_messages",
     "_codec",
     "_envelope",

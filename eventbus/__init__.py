@@ -1,5 +1,6 @@
 """Typed events on Redis Pub/Sub. Everything a user needs is listed here; nothing else is public."""
 
+from eventbus._acl import Acl
 from eventbus._bus import EventBus
 from eventbus._errors import (
     BusClosed,
@@ -19,6 +20,7 @@ from eventbus._patterns import escape
 from eventbus._routes import Messages, Route, Router
 
 __all__ = [
+    "Acl",
     "Buffer",
     "BusClosed",
     "BusUnavailable",

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 import anyio
 
+from eventbus._acl import Acl, acl_of
 from eventbus._errors import BusClosed, BusUnavailable, EventBusError, InvalidHandler
 from eventbus._events import Event
 from eventbus._handlers import is_async, names_of_caller, stream_body
@@ -28,6 +29,7 @@ from eventbus._routes import Declarations, Messages, Route, Router, patterns_of
 from eventbus._run import Run
 from eventbus._settings import Settings
 from eventbus.transports import transport_for
+from eventbus.transports.base import PROBE_PREFIX
 
 E = TypeVar("E")
 M = TypeVar("M", bound=Middleware)
@@ -92,7 +94,8 @@ class EventBus(Declarations):
         )
         self._bare = settings.bare
         self._target = url if url is not None else os.environ.get("EVENTBUS_URL") or _DEFAULT_URL
-        self._describe = transport_for(self._target, settings.redis_options).describe()
+        transport = transport_for(self._target, settings.redis_options)
+        self._describe, self._connecting = transport.describe(), transport.connecting
         self._reports = Reports()
         self._receive_middleware: list[Middleware] = []
         self._publish_middleware: list[Middleware] = []
@@ -399,6 +402,27 @@ class EventBus(Declarations):
     def redis(self) -> Any:
         """A redis-py client from the same URL and options, closed with the bus."""
         return self._here().redis()
+
+    def acl(self, *publishes: str | type[Event]) -> Acl:
+        """The least ACL rules for what this bus does: words for ``ACL SETUSER name on ...``.
+
+        `publishes` are the patterns and event classes that this program publishes on; none: what
+        its handlers listen to. Patterns are compared literally by Redis: each is listed. Raises
+        InvalidPattern for one that no rule can name. Works before the start too.
+        """
+        listens = [pattern for item in self._declared for pattern in item.patterns]
+        if self._run is not None:
+            lanes = self._run.receiver.lanes.values()
+            listens = [pattern for lane in lanes for pattern in lane.patterns]
+        prefix = self._settings.prefix
+        internal = f"&{prefix}{PROBE_PREFIX.decode()}*"
+        return acl_of(
+            listens,
+            patterns_of(publishes) if publishes else listens,
+            prefix=prefix,
+            internal=None if self._settings.heartbeat is None else internal,
+            connecting=self._connecting,
+        )
 
     def __repr__(self) -> str:
         return f"<EventBus {self._settings.name} {self.health().state} at {self._describe}>"

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "eventbus"
 LEVELS = """
 _errors server
 _patterns _messages _sequences
-_events _index _settings _beats
+_events _index _settings _beats _acl
 _codec _router
 _envelope
 _handlers transports.base
@@ -39,7 +39,7 @@ named here) import public names only. A new module of the engine must be entered
 
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}
 PURE = """
-_errors _patterns _events _messages _codec _envelope _handlers _index _router _sequences _beats
+_errors _patterns _events _messages _codec _envelope _handlers _index _router _sequences _beats _acl
 """.split()
 MAY_PRINT = {"cli", "demo", "server"}
 MAX_LINES = 450

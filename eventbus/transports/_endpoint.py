@@ -93,6 +93,10 @@ class Endpoint:
         """The address, without a secret."""
         self.user: str | None = options.get("username")
         self.is_sentinel = sentinels is not None
+        needs = {"+role": sentinels, "+select": options.get("db")}
+        needs["+client|setname"] = options.get("client_name")
+        self.connecting = tuple(rule for rule, needed in needs.items() if needed)
+        """The ACL rules that opening and keeping a connection needs, beside PING."""
         self._class = connection_class
         self._options = {k: v for k, v in options.items() if k not in _NOT_OURS}
         limit = _CONNECT_TIMEOUT

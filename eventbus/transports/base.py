@@ -149,6 +149,8 @@ class Transport(Protocol):
     """Where bytes travel. One instance serves one bus from its start to its stop."""
 
     user: str | None
+    connecting: tuple[str, ...]
+    """The ACL rules that opening and keeping a connection needs, beside PING."""
 
     async def start(
         self, sink: Sink, settings: Settings, bus_id: str, number: Callable[[bytes], int]

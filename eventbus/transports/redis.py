@@ -109,6 +109,7 @@ class RedisTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self.user = endpoint.user
+        self.connecting = endpoint.connecting
         self._tasks: list[asyncio.Task[None]] = []
         self._subscriber: _Keeper | None = None
         self._publisher: _Keeper | None = None
