@@ -24,7 +24,7 @@ help:
 	@echo "make test      the test suite"
 	@echo "make check     lint, format, types, documentation"
 	@echo "make coverage  the test suite again, measured, and its gates"
-	@echo "make faults    the long fault tests, the fuzzer and the soak; about 25 minutes"
+	@echo "make faults    the long fault tests, the fuzzer and the soak; and the tables of docs/reliability.md"
 	@echo "make bench     our speed beside other clients; ARGS=--quick for a short run"
 	@echo "make docs      the documentation, into site/"
 	@echo "make clean     remove the environments and everything that was made"
@@ -59,6 +59,7 @@ coverage: setup
 
 faults: setup-bench
 	@$(bin) -m pytest -m long --timeout 900 $(ARGS)
+	@$(bin) -m tests.faults.campaign
 
 bench: setup-bench
 	@$(bin) -m benchmarks $(ARGS)

@@ -94,12 +94,19 @@ class EventBus(Declarations):
         )
         self._bare = settings.bare
         self._target = url if url is not None else os.environ.get("EVENTBUS_URL") or _DEFAULT_URL
-        transport = transport_for(self._target, settings.redis_options)
-        self._describe, self._connecting = transport.describe(), transport.connecting
+        self._run: Run | None = None
+        self._describe, refusal = "no place", ""
+        try:
+            transport = transport_for(self._target, settings.redis_options)
+            self._describe, self._connecting = transport.describe(), transport.connecting
+        except EventBusError as error:
+            refusal = str(error)
+        if refusal:  # anew: what led to it, and its frames, hold the URL and the options
+            url = redis_options = None
+            raise EventBusError(refusal) from None
         self._reports = Reports()
         self._receive_middleware: list[Middleware] = []
         self._publish_middleware: list[Middleware] = []
-        self._run: Run | None = None
         self._last: Run | None = None
 
     # -- Declaring -------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Event(BaseModel):
         name = cls.__name__ if type is None else type
         if not name or not name.isprintable() or '"' in name or "\\" in name or len(name) > 256:
             raise InvalidEvent(
-                f"the type of {cls.__qualname__} is {name!a}: it must be 1 to 256 printable"
+                f"the type of {cls.__qualname__} is {name!a:.200}: it must be 1 to 256 printable"
                 " characters without quotes or backslashes",
                 type=name,
             )

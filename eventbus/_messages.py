@@ -29,7 +29,7 @@ def check_headers(headers: Mapping[str, object]) -> None:
     for name, value in headers.items():
         if not _HEADER.match(name) or name in CORE_ATTRIBUTES:
             raise ValueError(
-                f"header {name!a} must be 1 to 20 of a-z and 0-9, and no attribute of the"
+                f"header {name!a:.200} must be 1 to 20 of a-z and 0-9, and no attribute of the"
                 " envelope itself"
             )
         if isinstance(value, int) and value.bit_length() > 63:

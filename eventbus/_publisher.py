@@ -218,13 +218,14 @@ class Publisher:
     # -- Middleware ------------------------------------------------------------------------------
 
     def _message(self, channel: str, event: Event) -> Message[Any]:
+        now = datetime.now(UTC)
         return Message(
             event,
             channel,
             id=self._next_id(),
             source=self._source,
             type=type(event).__event_type__,
-            time=datetime.now(UTC),
+            time=now.replace(microsecond=now.microsecond // 1000 * 1000),  # as on the wire
         )
 
     async def _through(self, depth: int, message: Message[Any]) -> Receipt:

@@ -31,6 +31,13 @@ def shown(name: str | None, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
+def quoted(reply: object, limit: int = 200) -> str:
+    """One line of what a server said, for a log line or an error: escaped, cut when it is long, and
+    without the arguments (a password, a payload) that it repeats of a command it does not know."""
+    text = str(reply).strip().partition("\n")[0].partition(", with args beginning with")[0]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+
+
 def was_cancelled(error: BaseException) -> bool:
     """Whether this is the cancellation of the task that runs here, and not one that the user's code
     raised by itself."""

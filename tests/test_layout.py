@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import eventbus
+from tests.faults.campaign.page import scenarios
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "eventbus"
@@ -59,7 +60,8 @@ def name_of(path: Path) -> str:
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 LEAFS = [name for name in MODULES if name not in LEVEL and not name.startswith("_")]
-TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if path.parent.name != "typing")
+NO_TESTS = {"typing", "campaign"}  # programs to read, and a measurement by the clock
+TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if path.parent.name not in NO_TESTS)
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -206,3 +208,13 @@ def test_every_test_has_a_limit() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert float(config["pytest"]["timeout"]) <= 60
     assert not any("pragma" in line for line in config["coverage"]["report"]["exclude_lines"])
+
+
+# -- The catalogue of faults -----------------------------------------------------------------------
+
+
+def test_every_scenario_of_the_catalogue_has_a_test() -> None:
+    """Each of the forty fault scenarios but 20 (Redis Cluster) is carried by a test."""
+    carried = scenarios(ROOT / "tests")
+    assert sorted(set(range(1, 41)) - {20} - set(carried)) == []
+    assert set(carried) <= set(range(1, 41))

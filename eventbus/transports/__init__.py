@@ -6,6 +6,7 @@ The one place that knows all schemes. Each transport is imported when its scheme
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -35,7 +36,8 @@ def transport_for(target: Any, options: dict[str, Any]) -> Transport:
         from eventbus.transports.redis import RedisTransport
 
         return RedisTransport(endpoint_of_url(target, options))
-    shown = ascii(scheme) if "://" in target else "a URL without a scheme"
+    known = "://" in target and re.fullmatch(r"[a-z][a-z0-9+.-]{0,30}", scheme)
+    shown = ascii(scheme) if known else "a URL without a scheme"
     raise EventBusError(
         f"no transport for {shown}: use redis://, rediss://, unix://, redis+sentinel://,"
         " memory:// or embedded://"

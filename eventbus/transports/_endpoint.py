@@ -40,7 +40,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from eventbus._errors import EventBusError
-from eventbus._reports import logger
+from eventbus._reports import logger, quoted
 
 _NOT_A_CLIENTS = (
     "connection_class",
@@ -348,8 +348,7 @@ def describe_error(error: BaseException) -> tuple[str, bool]:
             return f"TLS: {getattr(cause, 'verify_message', '') or cause.reason or cause}", refused
     if isinstance(error, TimeoutError):
         return "no answer in time", refused
-    text = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-    return text, refused
+    return quoted(error) or type(error).__name__, refused
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

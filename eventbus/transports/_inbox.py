@@ -12,7 +12,7 @@ from typing import Any
 
 import hiredis
 
-from eventbus._reports import logger
+from eventbus._reports import logger, quoted
 from eventbus._router import Command, Subscription
 from eventbus.transports._link import Link
 from eventbus.transports._outbox import command
@@ -153,14 +153,14 @@ class Inbox:
             return
         refused = isinstance(reply, hiredis.ReplyError)
         if not self._asked:
-            self.fail(f"the server says: {str(reply)[:200]}")
+            self.fail(f"the server says: {quoted(reply)}")
             return
         item = self._asked.popleft()
         if isinstance(item, _Ping):
             item.answered(True)  # NOPERM to a PING is an answer too
             return
         if refused and not str(reply).startswith("NOPERM"):
-            self.fail(f"the server says: {str(reply)[:200]}")
+            self.fail(f"the server says: {quoted(reply)}")
             return
         self._take_effect(item, refused)
         if not self._sink.away:

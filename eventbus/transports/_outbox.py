@@ -22,6 +22,7 @@ from eventbus._errors import (
 )
 from eventbus._messages import Buffer
 from eventbus._patterns import decode_name
+from eventbus._reports import quoted
 from eventbus._settings import Settings
 from eventbus.transports._link import Link
 from eventbus.transports.base import Outgoing
@@ -171,7 +172,7 @@ class Outbox:
         written = self._written
         for reply in replies:
             if not written:
-                self.fail(f"an answer that nobody asked for: {str(reply)[:200]}")
+                self.fail(f"an answer that nobody asked for: {quoted(reply)}")
                 return
             waiting = written.popleft()
             if not isinstance(waiting, Outgoing):
@@ -188,13 +189,13 @@ class Outbox:
         if text.startswith("NOPERM"):
             user = self.user or "default"
             return PermissionDenied(
-                f"Redis denies user {user!r} to publish on {channel!a}: {text[:200]}. It needs"
+                f"Redis denies user {user!r} to publish on {channel!a}: {quoted(text)}. It needs"
                 f" +publish and a channel rule, e.g. ACL SETUSER {user} +publish &{channel!a}",
                 channel=channel,
                 user=user,
             )
         return BusUnavailable(
-            f"Redis refused to publish on {channel!a}: {text[:200]}; certainly not sent",
+            f"Redis refused to publish on {channel!a}: {quoted(text)}; certainly not sent",
             channel=channel,
             id=outgoing.id,
             waited=self._loop.time() - outgoing.born,
