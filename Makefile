@@ -10,7 +10,7 @@ ARGS ?=
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench demo test check coverage faults bench docs clean
+.PHONY: help setup setup-bench setup-faults demo test check coverage faults bench docs clean
 
 bin := $(VENV)/bin/python
 # A PYTHON that somebody named replaces an environment of another version; the default never does.
@@ -35,6 +35,9 @@ setup:
 setup-bench:
 	$(ready) dev bench
 
+setup-faults:
+	$(ready) dev bench fuzz
+
 demo: setup
 	@$(bin) -m eventbus.demo $(ARGS)
 
@@ -57,7 +60,7 @@ coverage: setup
 	@$(bin) -m coverage json --quiet -o build/coverage.json
 	@$(bin) .ci/gates.py coverage build/coverage.json
 
-faults: setup-bench
+faults: setup-faults
 	@$(bin) -m pytest -m long --timeout 900 $(ARGS)
 	@$(bin) -m tests.faults.campaign
 

@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from eventbus._sequences import LIMIT, Inbound, Outbound
+from eventbus._sequences import LIMIT, LONGEST, Inbound, Outbound
 
 MAX_CHANNELS = 10_000
 """Channels that one source announces in one heartbeat; the others wait for the next."""
 _CHUNK = 16 * 1024
 """Bytes of one announcement, about: a receiver's loop is not held up by one."""
+_LARGE = 4 * _CHUNK
+"""Bytes that no announcement has."""
 _MAX_SOURCES = 4096
 _MAX_NUMBER = 10**18
 
@@ -176,10 +178,12 @@ class Listener:
 
     def hear(self, payload: bytes, own: bytes) -> None:
         """An announcement, or a question. What is neither is no concern of ours."""
+        if len(payload) > _LARGE:
+            return
         try:
             said = orjson.loads(payload)
             source = said["source"].encode()
-            if source == own:
+            if source == own or len(source) > LONGEST:
                 return
             if said.get("ask") is True:
                 self.asked = True

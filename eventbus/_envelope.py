@@ -29,7 +29,7 @@ _HEAD = re.compile(
     rb'\{"specversion":"1\.0","id":' + _TEXT + rb',"source":' + _TEXT + rb',"type":' + _TEXT
     + rb',"time":' + _TEXT + rb'(?:,"busseq":([1-9][0-9]{0,17}))?'
     + rb'((?:,"(?!(?:' + _CORE + rb')")[a-z0-9]{1,20}":'
-    + rb'(?:"(?:[^"\\\x00-\x1f]|\\.)*"|-?(?:0|[1-9][0-9]{0,17})|true|false))*),"data":'
+    + rb'(?:"(?:[^"\\\x00-\x1f]++|\\.)*+"|-?(?:0|[1-9][0-9]{0,17})|true|false))*+),"data":'
 )  # fmt: skip
 _OWN = re.compile(
     rb'\{"specversion":"1\.0","id":"[0-9a-f-]++","source":"([^"]++)"'
@@ -126,7 +126,7 @@ def read_head(payload: bytes) -> Head:
         ) from None
     extra = dict(envelope.model_extra or {})
     number = extra.get("busseq")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 63:
         number = None
     else:
         del extra["busseq"]

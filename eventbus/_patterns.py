@@ -277,10 +277,10 @@ def _capture(text: bytes, i: int) -> tuple[str, bool, int]:
     end = text.find(b"}", i)
     if end < 0:
         raise InvalidPattern("has a brace that is not closed; a literal brace is written {{")
-    name, _, kind = text[i + 1 : end].decode("utf-8", "replace").partition(":")
+    name, colon, kind = text[i + 1 : end].decode("utf-8", "replace").partition(":")
     if not name.isidentifier():
         raise InvalidPattern(f"has a capture {name!a} that is not a Python name")
-    if kind not in ("", "path"):
+    if colon and kind != "path":
         raise InvalidPattern(f"has a capture of kind {kind!a}; the only kind is path")
     return name, kind == "path", end + 1
 
@@ -304,9 +304,9 @@ def _parse(text: str) -> tuple[tuple[int, ...], bytes, tuple[str, ...]]:
             elif byte == _LEFT:
                 name, path, i = _capture(source, i)
                 if name in captures:
-                    raise InvalidPattern(f"repeats the capture {name!r}")
+                    raise InvalidPattern(f"repeats the capture {name!a}")
                 if path and i != len(source):
-                    raise InvalidPattern(f"goes on after {{{name}:path}}, which must come last")
+                    raise InvalidPattern(f"goes on after {{{ascii(name)[1:-1]}:path}}, which must come last")
                 captures.append(name)
                 tokens.append(PATH if path else SEGMENT)
                 wire += b"*"

@@ -25,7 +25,7 @@ from eventbus._gaps import Drops, GapLane
 from eventbus._handlers import Body, CallPlan
 from eventbus._lanes import Item, Lane, Options, Pool, Target
 from eventbus._messages import EMPTY, Gap, HandlerStats
-from eventbus._patterns import Pattern, decode_name, literal_prefix, tokenize
+from eventbus._patterns import MAX_NAME, Pattern, decode_name, literal_prefix, tokenize
 from eventbus._reports import Reports, finish
 from eventbus._router import Command, Router, Subscription, wanted
 from eventbus._sequences import Inbound
@@ -35,6 +35,9 @@ from eventbus.transports.base import PROBE_PREFIX
 
 _MAX_CHANNELS = 8192
 """Channels whose routes are remembered, per subscription."""
+_BRACE = ord("}")
+_HEAD_ROOM = 4096
+"""Bytes in which the head of a payload that is too large is looked for."""
 _MAX_TIMES = 256
 """Times that were found good; messages of one millisecond share one."""
 
@@ -241,7 +244,7 @@ class Receiver:
             channel, payload = row[-2], row[-1]
             known = self._known.get(channel) or self._learn(subscription, channel)
             found = recognise(payload)
-            if found is None or len(payload) > limit:
+            if found is None or payload[-1] != _BRACE or len(payload) > limit:
                 self._put(lane, waiting)
                 lane = None
                 self._unusual(known, payload)
@@ -299,7 +302,7 @@ class Receiver:
         """A frame with headers, of another publisher, without an envelope, or too large."""
         frame = Frame(known.name, payload)
         is_large = len(payload) > self._max_payload
-        head = None if self._bare else peek(payload)
+        head = None if self._bare else peek(payload[:_HEAD_ROOM] if is_large else payload)
         if head is None and not self._bare and not is_large and b'"busseq"' in payload:
             with suppress(InvalidEvent):  # the worker that decodes it reports it
                 head = read_head(payload)
@@ -350,6 +353,8 @@ class Receiver:
         if channel.startswith(PROBE_PREFIX):
             first = False  # what buses say to themselves is no message
         known = Channel(channel, targets, first)
+        if len(wire) > MAX_NAME:
+            return known  # no bus of ours takes such a name: it is not worth keeping
         if wire in self._seen:
             if len(self._known) >= _MAX_CHANNELS:
                 self._known.clear()

@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 LIMIT = 65_536
+LONGEST = 512
+"""Bytes of a channel or a source that is remembered. What is longer is no name of ours, and would
+make the number of entries no bound."""
 
 
 class Outbound:
@@ -84,6 +87,8 @@ class Inbound:
 
     def _remember(self, channel: bytes, source: bytes, number: int) -> int:
         """Put a pair into the young generation; the number before, or this one at a first sight."""
+        if len(channel) > LONGEST or len(source) > LONGEST:
+            return number
         if self._count >= self._half:
             self.forgot = self.forgot or bool(self._old)
             self._old, self._young, self._count = self._young, {}, 0
@@ -131,7 +136,7 @@ class Inbound:
                 if everything and self.firsts:
                     missed += self.firsts.pop((channel, source), 0)
                 return missed
-        if not hears(channel):
+        if not hears(channel) or len(channel) > LONGEST or len(source) > LONGEST:
             return 0
         self._remember(channel, source, number)
         if self.firsts is not None:

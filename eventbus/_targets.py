@@ -14,6 +14,8 @@ from eventbus._patterns import decode_name
 
 _MAX_TYPES = 64
 """Types that are remembered per channel."""
+_MAX_TYPE = 512
+"""Bytes of a type that is remembered."""
 
 
 class Choice:
@@ -46,6 +48,8 @@ class Channel:
 
     def choose(self, type: bytes) -> Choice:
         """Work out who wants this type, and remember it."""
+        if len(type) > _MAX_TYPE:
+            return Choice(self.targets, type)
         if len(self.by_type) >= _MAX_TYPES:
             self.by_type.clear()
         choice = self.by_type[type] = Choice(self.targets, type)

@@ -209,6 +209,8 @@ def test_what_did_not_arrive_is_announced_again() -> None:
         b'{"source":"s","beat":1,"last":{"a":[1e300,1]}}',
         b'{"source":"s","beat":1,"all":[],"last":{"a":[1,1]}}',
         b'{"source":"\xed\xa0\x80"}',
+        b'{"source":"%b","beat":1,"last":{"a":[1,1]}}' % (b"s" * 600),
+        b'{"source":"s","beat":1,"last":{"a":[1,1]}}' + b" " * 100_000,
     ],
 )
 def test_what_is_no_announcement_changes_nothing(payload: bytes) -> None:

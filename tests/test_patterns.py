@@ -185,6 +185,7 @@ ODD = r"""
 """.encode().split()
 
 
+@pytest.mark.scenario(40)
 def test_every_short_glob(oracle: Oracle) -> None:
     """Every glob of up to four of eight odd characters matches what the server says it matches."""
     globs = [bytes(g) for n in range(5) for g in itertools.product(b"*?[]^-\\a", repeat=n)]
@@ -196,6 +197,7 @@ def test_every_short_glob(oracle: Oracle) -> None:
             assert glob_matches(tokens, name) == ((text, name) in found), (text, name)
 
 
+@pytest.mark.scenario(40)
 def test_odd_globs(oracle: Oracle) -> None:
     """Unclosed, empty, reversed, escaped classes and trailing backslashes mean what Redis says."""
     rng = random.Random(1)
@@ -208,6 +210,7 @@ def test_odd_globs(oracle: Oracle) -> None:
             assert glob_matches(tokenize(text), name) == ((text, name) in found), (text, name)
 
 
+@pytest.mark.scenario(40)
 @settings(max_examples=100)
 @given(st.lists(raw_globs.map(ascii_classes), min_size=1, max_size=15), seeds)
 def test_raw_globs(oracle: Oracle, globs: list[bytes], rng: random.Random) -> None:
@@ -230,6 +233,7 @@ def parsed(candidates: Iterable[str]) -> list[Pattern]:
     return found
 
 
+@pytest.mark.scenario(40)
 @settings(max_examples=100)
 @given(st.lists(texts, min_size=5, max_size=25), seeds)
 def test_patterns(oracle: Oracle, candidates: list[str], rng: random.Random) -> None:
@@ -246,6 +250,7 @@ def test_patterns(oracle: Oracle, candidates: list[str], rng: random.Random) -> 
             assert matched in ({}, None)
 
 
+@pytest.mark.scenario(40)
 @settings(max_examples=60)
 @given(st.lists(st.lists(capture_pieces, min_size=1, max_size=7), min_size=4, max_size=15), seeds)
 def test_captures_on_the_wire(

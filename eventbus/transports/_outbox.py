@@ -13,6 +13,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
+import hiredis
+
 from eventbus._errors import (
     BusClosed,
     BusUnavailable,
@@ -179,8 +181,12 @@ class Outbox:
                 waiting(reply)
             elif type(reply) is int:
                 waiting.acknowledge(reply)
-            else:
+            elif isinstance(reply, hiredis.ReplyError):
                 waiting.finish(self._refusal(waiting, str(reply)))
+            else:  # the stream is out of step: nobody knows what became of this one
+                written.appendleft(waiting)
+                self.fail("an answer that no PUBLISH has")
+                return
         if self._empty and not written and not self._waiting:
             self._report_empty()
 

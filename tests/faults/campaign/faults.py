@@ -106,7 +106,7 @@ async def buffer_full(subject: str) -> Figures:
         async with stage(subject, server) as scene:
             scene.breaks()
             scene.receiver.tell("block 3")
-            scene.publisher.tell("burst 200 65536")
+            scene.publisher.tell("burst 1600 8000")
             await asyncio.sleep(3.0)
             scene.mends()
             return await scene.figures("output buffer overrun")
