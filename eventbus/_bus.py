@@ -191,8 +191,7 @@ class EventBus(Declarations):
             await run.start()
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await run.close()
-            self._stopped(run)
+                await run.give_up()
             raise
 
     async def stop(self) -> None:

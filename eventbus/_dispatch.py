@@ -203,10 +203,11 @@ class Dispatcher:
         was cancelled (by the lane, or by the handler itself: another takes its place), or the
         process is to end."""
         target, payload, _, _, shared = item
-        if not isinstance(error, Exception | BaseExceptionGroup | asyncio.CancelledError):
+        fatal = _fatal(error)
+        if fatal is not None:
             target.lane.failed += 1
-            self._on_fatal(error)
-            raise error
+            self._on_fatal(fatal)
+            raise fatal
         cancelled = was_cancelled(error)
         if not (cancelled and target.lane.closed):
             frame = shared if shared is not None else Frame(target.channel, payload)
@@ -219,3 +220,11 @@ class Dispatcher:
     ) -> None:
         target.lane.failed += 1
         await self._reports.report(error, self.message(target, frame, event), target.lane.name)
+
+
+def _fatal(error: BaseException) -> BaseException | None:
+    """What is to end the process: no Exception and no cancellation, or an exit in a group."""
+    if isinstance(error, BaseExceptionGroup):
+        exits = error.subgroup((KeyboardInterrupt, SystemExit))
+        return None if exits is None else _fatal(exits.exceptions[0])
+    return None if isinstance(error, Exception | asyncio.CancelledError) else error

@@ -77,6 +77,7 @@ class GapLane:
         self._is_async = is_async
         self._waiting: dict[_Key, Gap] = {}
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def concerns(self, gap: Gap) -> bool:
         """Whether a gap is about a channel that this handler asked for (or may be)."""
@@ -94,33 +95,43 @@ class GapLane:
             gap = replace(known, missed=total, since=min(known.since, gap.since))
         self._waiting[key] = gap
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run(reports))
+            self._hire(reports)
+
+    def _hire(self, reports: Reports) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(reports))
+        self._task.add_done_callback(lambda _: self._left(reports))
+
+    def _left(self, reports: Reports) -> None:
+        """The task is gone; one that the handler cancelled is replaced when more gaps wait."""
+        self._task = None
+        if self._waiting and not self._closed:
+            self._hire(reports)
 
     async def _run(self, reports: Reports) -> None:
         inside.set(asyncio.current_task())
-        try:
-            while self._waiting:
-                gap = self._waiting.pop(next(iter(self._waiting)))
-                try:
-                    await call_plain(self.fn, gap, is_async=self._is_async)
-                except (Exception, asyncio.CancelledError) as error:
-                    if was_cancelled(error):
-                        raise
+        while self._waiting:
+            gap = self._waiting.pop(next(iter(self._waiting)))
+            try:
+                await call_plain(self.fn, gap, is_async=self._is_async)
+            except (Exception, asyncio.CancelledError) as error:
+                cancelled = was_cancelled(error)
+                if not (cancelled and self._closed):
                     message: Message[Gap] = Message(gap, gap.channel or "")
                     await reports.report(error, message, name_of(self.fn))
-                except BaseException as error:
-                    self._on_fatal(error)
+                if cancelled:
                     raise
-        finally:
-            self._task = None
+            except BaseException as error:
+                self._on_fatal(error)
+                raise
 
     async def drain(self, spared: AbstractSet[asyncio.Task[Any]]) -> None:
         """Return when every gap was handed over (at once when the handler is one of the spared)."""
-        if self._task is not None and self._task not in spared:
+        while self._task is not None and self._task not in spared:
             await asyncio.wait({self._task})
 
     def close(self, spared: AbstractSet[asyncio.Task[Any]]) -> set[asyncio.Task[None]]:
         """Cancel the handler, whose task is returned, unless it is spared."""
+        self._closed = True
         if self._task is None or self._task in spared:
             return set()
         self._task.cancel()

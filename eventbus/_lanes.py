@@ -260,7 +260,7 @@ class Lane:
         self.options = options
         self.body = body
         self.plan = plan
-        self.patterns: list[Pattern] = []
+        self.patterns: dict[Pattern, None] = {}
         self.limiter = _limiter(options.concurrency) if plan and plan.threaded else None
         self.queue = _queue_for(options)
         self.bytes = 0
@@ -274,8 +274,11 @@ class Lane:
         self._workers: set[asyncio.Task[None]] = set()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._waiters: list[asyncio.Future[None]] = []
+        self._resting: set[asyncio.Task[Any] | None] = set()
         self._exempt: set[asyncio.Task[Any]] = set()
         self.lock = asyncio.Lock()  # one change of the patterns at a time
+        self.switched: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.switched.set_result(None)  # done when no discard is on its way
 
     def stats(self) -> HandlerStats:
         """The lane as it stands."""
@@ -360,8 +363,10 @@ class Lane:
 
     async def wait(self) -> None:
         """Return when something was put."""
-        waiter = asyncio.get_running_loop().create_future()
+        waiter, task = asyncio.get_running_loop().create_future(), asyncio.current_task()
         self._idle.append(waiter)
+        self._resting.add(task)
+        self._exempt.discard(task)  # its call is over: it waits for no stop
         if not len(self.queue):
             self._pool.busy.discard(self)
             self._tell_drained()
@@ -370,7 +375,11 @@ class Lane:
         except asyncio.CancelledError:
             if waiter in self._idle:
                 self._idle.remove(waiter)
+            elif self._idle and len(self.queue):
+                self._wake()  # it was woken for a message that another can take
             raise
+        finally:
+            self._resting.discard(task)
 
     def _hire(self) -> None:
         self._pool.busy.add(self)
@@ -384,6 +393,10 @@ class Lane:
     def _left(self, worker: asyncio.Task[None]) -> None:
         """A worker is gone; one that a handler cancelled is replaced when there is work."""
         self._workers.discard(worker)
+        error = None if worker.cancelled() else worker.exception()
+        if isinstance(error, Exception):  # a defect of ours; what stops the bus was told by the bus
+            context = {"message": f"a worker of {self.name} failed", "exception": error}
+            worker.get_loop().call_exception_handler(context)
         if len(self.queue) and not self.closed:
             self._hire()
         self._tell_drained()
@@ -392,13 +405,13 @@ class Lane:
 
     def _is_drained(self) -> bool:
         if self._exempt:  # what stands behind them waits for them
-            return len(self._workers - self._exempt) == len(self._idle)
+            return self._workers - self._exempt <= self._resting
         return not len(self.queue) and len(self._workers) == len(self._idle)
 
     def spare(self, caller: asyncio.Task[Any] | None) -> None:
         """A handler of this lane waits for the stop itself: it is neither waited for nor
         cancelled."""
-        if caller is not None and caller in self._workers:
+        if caller in self._workers and caller not in self._resting:
             self._exempt.add(caller)
             self._tell_drained()
 

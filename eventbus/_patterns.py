@@ -306,7 +306,9 @@ def _parse(text: str) -> tuple[tuple[int, ...], bytes, tuple[str, ...]]:
                 if name in captures:
                     raise InvalidPattern(f"repeats the capture {name!a}")
                 if path and i != len(source):
-                    raise InvalidPattern(f"goes on after {{{ascii(name)[1:-1]}:path}}, which must come last")
+                    raise InvalidPattern(
+                        f"goes on after {{{ascii(name)[1:-1]}:path}}, which must come last"
+                    )
                 captures.append(name)
                 tokens.append(PATH if path else SEGMENT)
                 wire += b"*"

@@ -87,7 +87,7 @@ class Receiver:
         self._reopened = False
         self.away = False
         self._before: set[Subscription] = set()  # what was live before the loss
-        self._closing = False
+        self._closing = self._closed = False
         self._let_go: set[Subscription] = set()
         self._silent: asyncio.Future[None] | None = None
         self.age: Callable[[], float | None] = lambda: None
@@ -110,13 +110,14 @@ class Receiver:
     def add(self, lane: Lane, patterns: Sequence[Pattern]) -> list[Command]:
         """The route listens to these patterns too. Patterns that it has already change nothing."""
         fresh = [p for p in dict.fromkeys(patterns) if p not in lane.patterns]
-        lane.patterns += fresh
+        lane.patterns |= dict.fromkeys(fresh)
         return self.router.add(lane, fresh)
 
     def discard(self, lane: Lane, patterns: Sequence[Pattern]) -> list[Command]:
         """The route no longer listens to these. For a route that goes on: at a fence only."""
-        known = [p for p in patterns if p in lane.patterns]
-        lane.patterns = [p for p in lane.patterns if p not in known]
+        known = [p for p in dict.fromkeys(patterns) if p in lane.patterns]
+        for pattern in known:
+            del lane.patterns[pattern]
         commands = self.router.remove(lane, known)
         self._settle()
         return commands
@@ -127,15 +128,19 @@ class Receiver:
             return
         lane.closed = True
         caller(self.discard(lane, list(lane.patterns)))
-        await finish(lane.close(), lane.name)
-        for counter in ("delivered", "dropped", "failed", "skipped", "conflated"):
-            self._gone[counter] += getattr(lane, counter)
+        try:
+            await finish(lane.close(), lane.name)
+        finally:  # what it counted stays counted, also when the caller is cancelled here
+            for counter in ("delivered", "dropped", "failed", "skipped", "conflated"):
+                self._gone[counter] += getattr(lane, counter)
 
     async def settled(self, patterns: Sequence[Pattern]) -> list[Pattern]:
         """Wait until the server confirmed or denied each pattern; returns the denied ones."""
         for pattern in patterns:
             subscription = wanted(pattern)
             while not self.router.is_settled(subscription):
+                if self._closed:
+                    raise BusClosed("the bus was stopped")
                 waiter = asyncio.get_running_loop().create_future()
                 waiters = self._waiters.setdefault(subscription, [])
                 waiters.append(waiter)
@@ -172,14 +177,19 @@ class Receiver:
     def confirmed(self, subscription: Subscription) -> list[Command]:
         if self.listener is not None and subscription not in self._before:
             self.listener.widened += 1
-        return self._after(self.router.confirmed(subscription))
+        commands = self._after(self.router.confirmed(subscription))
+        if self._closing and subscription not in self._let_go:  # it was asked for before the end
+            self._let_go.add(subscription)
+            return [Command(False, subscription)]
+        return commands
 
     def refused(self, subscription: Subscription) -> list[Command]:
         return self._after(self.router.refused(subscription))
 
     def ended(self, subscription: Subscription) -> list[Command]:
         commands = self.router.ended(subscription)
-        self._forget_sequences(subscription)
+        if not self._closing:  # at the end all numbers go, and each search is through all of them
+            self._forget_sequences(subscription)
         self._wake()
         return self._after(commands)
 
@@ -210,9 +220,7 @@ class Receiver:
         """What follows every answer of the server: those who wait, and the end of an outage."""
         self._settle()
         if self._closing:
-            late = [item for item in self.router.live if item not in self._let_go]
-            self._let_go.update(late)
-            return [Command(False, item) for item in late]
+            return []
         if self._reopened and not self.router.asking():
             self._reopened = self.away = False
             self.reconnects += 1
@@ -408,6 +416,7 @@ class Receiver:
 
     async def close(self, spared: AbstractSet[asyncio.Task[Any]]) -> None:
         """Cancel what still runs; what still waits is dropped and counted."""
+        self._closed = True
         for waiters in self._waiters.values():
             for waiter in waiters:
                 if not waiter.done():

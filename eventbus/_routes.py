@@ -263,6 +263,7 @@ class Messages(Generic[E_co]):
                 raise StopAsyncIteration
             item = lane.take()
             if item is None:
+                self._run.check_here()  # in another loop nobody would wake it
                 await lane.wait()
                 self._turn = monotonic()
                 continue

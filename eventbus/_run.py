@@ -138,6 +138,8 @@ class Run:
                 " from eventbus-redis[server]",
                 waited=settings.connect_timeout,
             ) from None
+        if self.stopping is not None:
+            raise BusClosed("the bus was stopped while it started")
         if denied and settings.on_denied == "raise":
             raise self._denied(list(dict.fromkeys(denied)))
         self._ready = True
@@ -175,15 +177,18 @@ class Run:
     async def add(self, lane: Lane, patterns: Sequence[Pattern], *, is_new: bool = False) -> None:
         """Add patterns to a lane; confirmed when it returns, and undone when it raises."""
         self.check_here()
-        if lane.closed:
-            raise BusClosed(f"the route {lane.name!r} was detached")
         async with lane.lock:
             await self._add(lane, patterns, is_new)
 
     async def _add(self, lane: Lane, patterns: Sequence[Pattern], is_new: bool) -> None:
-        fresh = [pattern for pattern in patterns if pattern not in lane.patterns]
+        self._check_attached(lane)
         timeout = self._settings.connect_timeout
+        if not lane.switched.done():  # a discard that nobody waits for any more comes first
+            await asyncio.wait({lane.switched}, timeout=timeout)
+        fresh = [pattern for pattern in patterns if pattern not in lane.patterns]
         try:
+            if not lane.switched.done():
+                raise TimeoutError
             self._check_lengths(fresh)
             self.send(self.receiver.add(lane, fresh))
             async with asyncio.timeout(timeout):
@@ -192,10 +197,13 @@ class Run:
                 raise self._denied(denied)
             if self.stopping is not None:
                 raise BusClosed("the bus is being stopped")
+            self._check_attached(lane)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 if is_new:
                     await self.forget(lane)
+                elif isinstance(error, asyncio.CancelledError):
+                    self._begin_discard(lane, fresh)  # whoever is cancelled waits for no server
                 else:
                     await self._discard(lane, fresh)
             if isinstance(error, TimeoutError):
@@ -205,6 +213,10 @@ class Run:
                     waited=timeout,
                 ) from None
             raise
+
+    def _check_attached(self, lane: Lane) -> None:
+        if lane.closed:
+            raise BusClosed(f"the route {lane.name!r} was detached")
 
     async def discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
         """Take patterns from a lane."""
@@ -217,7 +229,13 @@ class Run:
     async def _discard(self, lane: Lane, patterns: Sequence[Pattern]) -> None:
         """At a point of the stream: the other patterns of the lane may answer for the same
         channels, and each message must meet one state only."""
-        reached = self.loop.create_future()
+        reached = self._begin_discard(lane, patterns)
+        await asyncio.wait({reached}, timeout=self._settings.connect_timeout)
+
+    def _begin_discard(self, lane: Lane, patterns: Sequence[Pattern]) -> asyncio.Future[None]:
+        """Ask for that point. It comes whether or not anybody waits for it (with the end of the
+        connection at the latest), and no pattern is added to the lane before."""
+        reached = lane.switched = self.loop.create_future()
 
         def switch() -> None:
             self.send(self.receiver.discard(lane, patterns))
@@ -225,7 +243,7 @@ class Run:
                 reached.set_result(None)
 
         self.transport.fence(switch)
-        await asyncio.wait({reached}, timeout=self._settings.connect_timeout)
+        return reached
 
     async def forget(self, lane: Lane) -> None:
         """Take a lane out, with all that waits in it. Nothing more to do when the run is over."""
@@ -240,6 +258,12 @@ class Run:
         if self.stopping is None or self.stopping.cancelled():
             self.stopping = self.loop.create_task(self._stop(), name="eventbus stop")
         return self.stopping
+
+    async def give_up(self) -> None:
+        """Close at once after a start that failed. Whoever is cancelled in it is so when nothing is
+        left open: a task of its own does it, which no impatient caller can interrupt."""
+        self._hurry.set()
+        await self.stop()
 
     async def stop(self) -> None:
         """Stop, and return (or raise CancelledError) when nothing is left open."""
@@ -262,7 +286,9 @@ class Run:
 
     def _fatal(self, error: BaseException) -> None:
         """A handler raised KeyboardInterrupt or SystemExit: that ends the bus."""
-        logger.error("a handler raised %s: the bus stops", type(error).__name__)
+        is_exit = isinstance(error, KeyboardInterrupt | SystemExit)
+        trace = None if is_exit else error
+        logger.error("a handler raised %s: the bus stops", type(error).__name__, exc_info=trace)
         self._fatal_error = type(error).__name__
         self.begin_stop()
 
@@ -284,9 +310,11 @@ class Run:
             if not work.cancelled() and work.exception() is not None:
                 logger.error("stopping the bus", exc_info=work.exception())
         finally:
-            await self.close()
-            self._on_stopped(self)
-            self.ended.set()
+            try:
+                await self.close()
+            finally:
+                self._on_stopped(self)
+                self.ended.set()
 
     async def _drain(self) -> None:
         await self.receiver.unsubscribe(self.send)
@@ -319,7 +347,11 @@ class Run:
         denied = tuple(decode_name(item.name) for item in router.denied)
         state: State = "live"
         reason = None
-        if self._fatal_error is not None:
+        if self._pid != os.getpid():
+            state, reason = "closed", f"started in process {self._pid}, not in this one"
+        elif self.loop.is_closed():
+            state, reason = "closed", "its event loop is closed"
+        elif self._fatal_error is not None:
             state, reason = "closed", f"a handler raised {self._fatal_error}"
         elif self.stopping is not None:
             state, reason = "closed", "the bus is being stopped"

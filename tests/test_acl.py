@@ -131,7 +131,7 @@ async def test_a_publisher_can_publish_and_nothing_else(admin: Any) -> None:
     """The publisher's role: its channels, and no subscription."""
     rules = EventBus("redis://localhost").acl("chat:*", "news").publisher
     assert rules == (
-        *("resetkeys", "resetchannels", "-@all", "+publish", "+ping"),
+        *("resetkeys", "resetchannels", "-@all", "+publish", "+ping", "+role"),
         *("&chat:*", "&news", "&__eventbus__:*"),
     )
     await admin.execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *rules)
@@ -161,20 +161,13 @@ def test_event_classes_name_what_is_published() -> None:
     """`acl(MessageSent)` grants the template of the class."""
     acl = EventBus("redis://localhost", heartbeat=None).acl(Text)
     assert acl == Acl(
-        ("resetkeys", "resetchannels", "-@all", "+publish", "+ping", "&chat:*"),
-        ("resetkeys", "resetchannels", "-@all", "+subscribe", "+unsubscribe", "+ping"),
+        ("resetkeys", "resetchannels", "-@all", "+publish", "+ping", "+role", "&chat:*"),
+        ("resetkeys", "resetchannels", "-@all", "+subscribe", "+unsubscribe", "+ping", "+role"),
         (
             *("resetkeys", "resetchannels", "-@all", "+publish", "+subscribe", "+unsubscribe"),
-            *("+ping", "&chat:*"),
+            *("+ping", "+role", "&chat:*"),
         ),
     )
-
-
-def test_sentinel_asks_for_the_role() -> None:
-    """With Sentinel every connection asks for the role of its node."""
-    acl = EventBus("redis+sentinel://localhost:1/main").acl()
-    assert "+role" in acl.publisher
-    assert "+role" in acl.subscriber
 
 
 def test_a_pattern_that_no_rule_can_name_is_refused() -> None:

@@ -531,6 +531,7 @@ async def test_detach_ends_what_runs(url: str) -> None:
     assert bus.stats().dropped == 1
 
 
+@pytest.mark.scenario(31)
 async def test_detach_inside_the_handler(url: str) -> None:
     """A handler may detach itself; it runs to its end and is not called again."""
     seen: Seen[int] = Seen()
@@ -977,6 +978,7 @@ async def blocked(bus: EventBus, numbers: int, **options: Any) -> tuple[list[int
     "overflow, expected", [("drop_oldest", [0, 5, 6, 7]), ("drop_newest", [0, 1, 2, 3])]
 )
 @pytest.mark.parametrize("order_by", [None, "channel"])
+@pytest.mark.scenario(26)
 async def test_overflow(url: str, overflow: str, order_by: str | None, expected: list[int]) -> None:
     """A full queue drops by its policy; the gap names handler and channel, and is exact."""
     bus = EventBus(url)
@@ -992,6 +994,7 @@ async def test_overflow(url: str, overflow: str, order_by: str | None, expected:
     assert stats.handlers["slow"].dropped == 4
 
 
+@pytest.mark.scenario(26)
 async def test_overflow_per_channel(url: str) -> None:
     """With order per channel and concurrency, the oldest of all channels is dropped."""
     bus = EventBus(url)
@@ -1112,6 +1115,7 @@ async def test_max_pending_bytes(url: str) -> None:
     assert bus.stats().handlers["slow"].bytes == 0
 
 
+@pytest.mark.scenario(26)
 async def test_a_slow_handler_slows_nobody(url: str) -> None:
     """While one handler hangs, others on the same channel go on."""
     bus = EventBus(url)
@@ -1224,6 +1228,7 @@ async def test_exception_handler_that_fails(url: str, caplog: pytest.LogCaptureF
     assert "worse" in caplog.text
 
 
+@pytest.mark.scenario(28, 29)
 async def test_cancelled_error_of_a_handler(url: str) -> None:
     """A handler that raises CancelledError itself has failed; the next message is handled. So has
     one that raises a group of errors."""
@@ -1263,6 +1268,7 @@ async def test_cancelled_error_of_a_handler(url: str) -> None:
     assert bus.stats().delivered == 9
 
 
+@pytest.mark.scenario(29)
 async def test_timeout_of_a_coroutine(url: str) -> None:
     """A call that takes too long is cancelled and reported as TimeoutError; the next one runs."""
     bus = EventBus(url)
@@ -1294,6 +1300,7 @@ async def test_timeout_of_a_coroutine(url: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["return", "ValueError", "CancelledError"])
+@pytest.mark.scenario(29, 30)
 async def test_timeout_of_a_thread(url: str, ending: str) -> None:
     """A `def` handler that overruns has failed, once, and keeps its place until it returns."""
     bus = EventBus(url)
@@ -2098,6 +2105,7 @@ async def test_redis_cli(server: Server) -> None:
 # Life
 
 
+@pytest.mark.scenario(33)
 async def test_drain(url: str) -> None:
     """Leaving finishes what was received, and handlers may publish until then."""
     bus = EventBus(url)
@@ -2135,6 +2143,7 @@ async def test_drain(url: str) -> None:
     assert bus.stats().dropped == 0
 
 
+@pytest.mark.scenario(33)
 async def test_drain_timeout(url: str) -> None:
     """What does not finish within `drain_timeout` is cancelled; what still waits is dropped."""
     bus = EventBus(url, drain_timeout=0.05)
@@ -2157,6 +2166,8 @@ async def test_drain_timeout(url: str) -> None:
     assert bus.stats().handlers["stuck"].depth == 0
 
 
+@pytest.mark.scenario(33)
+@pytest.mark.scenario(30)
 async def test_thread_that_never_ends(url: str) -> None:
     """A `def` handler that hangs does not keep the bus from stopping."""
     bus = EventBus(url, drain_timeout=0.05)
@@ -2175,6 +2186,7 @@ async def test_thread_that_never_ends(url: str) -> None:
     assert bus.health().state == "closed"
 
 
+@pytest.mark.scenario(33)
 async def test_stop_in_a_cancelled_scope(url: str) -> None:
     """Cancelled inside its block, a bus closes everything within `drain_timeout`, lets the
     cancellation pass, and can be started again."""
@@ -2198,6 +2210,8 @@ async def test_stop_in_a_cancelled_scope(url: str) -> None:
         await bus.publish("y", Count())
 
 
+@pytest.mark.scenario(33)
+@pytest.mark.scenario(31)
 async def test_stop_inside_a_handler(url: str) -> None:
     """`stop()` inside a handler does not wait for that handler, and the bus is closed after it."""
     bus = EventBus(url)
@@ -2216,6 +2230,7 @@ async def test_stop_inside_a_handler(url: str) -> None:
         await bus.publish("x", Count())
 
 
+@pytest.mark.scenario(33)
 async def test_stop_inside_an_exception_handler(url: str) -> None:
     """An exception handler may stop the bus."""
     bus = EventBus(url)
@@ -2265,6 +2280,7 @@ def handler(): anyio.from_thread.run(stop)
 }
 
 
+@pytest.mark.scenario(33)
 @pytest.mark.parametrize("where", STOPS)
 def test_stop_from_anywhere(where: str) -> None:
     """`stop()` returns within `drain_timeout` wherever it is called from."""
@@ -2297,6 +2313,7 @@ asyncio.run(main())
     assert (done.stdout, done.stderr, done.returncode) == ("closed\n", "", 0)
 
 
+@pytest.mark.scenario(33)
 async def test_stop_twice(url: str) -> None:
     """`stop` is idempotent: before a start, twice, at the same time, and after an exit."""
     bus = EventBus(url)
@@ -2309,6 +2326,7 @@ async def test_stop_twice(url: str) -> None:
     assert bus.health().state == "closed"
 
 
+@pytest.mark.scenario(33)
 async def test_nothing_is_left(url: str) -> None:
     """No task outlives the bus that made it, whatever it was doing."""
     before = asyncio.all_tasks()
@@ -2379,6 +2397,7 @@ async def test_attached_handlers_end_with_the_run(url: str) -> None:
         assert (await bus.publish("x", Count())).receivers == 0
 
 
+@pytest.mark.scenario(34)
 async def test_another_loop(url: str) -> None:
     """From start to stop a bus belongs to one loop; elsewhere every call is a clear BusClosed."""
     bus = EventBus(url)
@@ -2407,6 +2426,7 @@ async def test_another_loop(url: str) -> None:
         await bus.publish("x", Count())
 
 
+@pytest.mark.scenario(34)
 async def test_use_in_a_thread(url: str) -> None:
     """In a `def` handler the bus can be looked at; publishing there is a clear BusClosed."""
     bus = EventBus(url)
@@ -2449,6 +2469,7 @@ async def test_look_at_it_without_a_loop(url: str) -> None:
         assert "live" in text
 
 
+@pytest.mark.scenario(34)
 def test_fork() -> None:
     """A bus started before a fork refuses to work in the child; one built before it works there."""
     code = """
@@ -2496,6 +2517,7 @@ async def test_lifespan(url: str) -> None:
     assert bus.health().state == "closed"
 
 
+@pytest.mark.scenario(33)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run(number: signal.Signals) -> None:
     """`run()` goes on until a signal, lets the handlers finish, and returns."""
@@ -2536,6 +2558,7 @@ asyncio.run(main())
     assert (out, err, process.returncode) == ("done\nclosed\n", "", 0)
 
 
+@pytest.mark.scenario(33)
 async def test_run_ends_with_the_bus(url: str) -> None:
     """`run()` returns when something else stops the bus, such as a handler."""
     bus = EventBus(url)
@@ -2556,7 +2579,9 @@ async def test_run_ends_with_the_bus(url: str) -> None:
     assert bus.health().state == "closed"
 
 
+@pytest.mark.scenario(33)
 @pytest.mark.parametrize("kind", ["SystemExit(3)", "KeyboardInterrupt"])
+@pytest.mark.scenario(28)
 def test_exit_in_a_handler(kind: str) -> None:
     """SystemExit and KeyboardInterrupt of a handler end the bus and the program."""
     code = f"""
@@ -2686,6 +2711,7 @@ def guest(server: Server, **options: Any) -> EventBus:
     return EventBus(server.url, redis_options=login, **options)
 
 
+@pytest.mark.scenario(23)
 async def test_denied_patterns(restricted: Server) -> None:
     """A start with denied patterns raises PermissionDenied with all of them and the user."""
     bus = guest(restricted)
@@ -2702,6 +2728,7 @@ async def test_denied_patterns(restricted: Server) -> None:
     assert bus.health().state == "closed"
 
 
+@pytest.mark.scenario(23)
 async def test_degraded(restricted: Server) -> None:
     """With `on_denied="degrade"` the other patterns are live, and health names the denied."""
     bus = guest(restricted, on_denied="degrade")
@@ -2720,6 +2747,7 @@ async def test_degraded(restricted: Server) -> None:
     assert seen == ["ok"]
 
 
+@pytest.mark.scenario(23)
 async def test_attach_denied(restricted: Server) -> None:
     """A denied `attach`, `add` or `subscribe` raises and changes nothing."""
 
@@ -2743,6 +2771,7 @@ async def test_attach_denied(restricted: Server) -> None:
 
 
 @pytest.mark.parametrize("namespace", ["", "ns"])
+@pytest.mark.scenario(25)
 async def test_publish_denied(restricted: Server, namespace: str) -> None:
     """A denied publish is a PermissionDenied with the channel as the caller named it and the user;
     `publish_nowait` reports it to the exception handlers. The next publish works."""
@@ -2765,6 +2794,7 @@ async def test_publish_denied(restricted: Server, namespace: str) -> None:
     assert (stats.published, stats.refused, stats.publish_failed) == (1, 2, 1)
 
 
+@pytest.mark.scenario(22)
 async def test_wrong_password(restricted: Server) -> None:
     """A wrong password fails at once, without the password."""
     bus = EventBus(

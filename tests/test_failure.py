@@ -81,6 +81,7 @@ async def publish_until(
 # -- Servers that die ------------------------------------------------------------------------------
 
 
+@pytest.mark.scenario(1)
 async def test_a_killed_server_is_noticed_reported_and_survived(server: Server) -> None:
     """After kill -9 and a restart every on_gap handler hears of it once, and messages flow
     again."""
@@ -119,6 +120,7 @@ async def test_every_gap_handler_hears_of_a_reconnect(server: Server) -> None:
         assert len(other) == 1
 
 
+@pytest.mark.scenario(12)
 async def test_losses_of_an_outage_are_counted_by_sequence(server: Server) -> None:
     """What a publisher sent while the subscriber was away is reported as missed, with the
     number."""
@@ -144,6 +146,7 @@ async def test_losses_of_an_outage_are_counted_by_sequence(server: Server) -> No
         assert bus.stats().missed == lost
 
 
+@pytest.mark.scenario(2)
 async def test_a_server_that_is_away_at_start_is_waited_for(server: Server) -> None:
     """A bus that starts before its server goes live when the server comes."""
     server.stop()
@@ -179,6 +182,7 @@ async def test_a_start_without_a_server_says_where_it_tried(server: Server) -> N
 # -- Servers that freeze ---------------------------------------------------------------------------
 
 
+@pytest.mark.scenario(5)
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "under load"])
 async def test_a_frozen_server_is_noticed(server: Server, log: Lines, busy: bool) -> None:
     """A server that stops answering is given up within two heartbeats, idle or under load, and no
@@ -212,6 +216,7 @@ async def test_a_frozen_server_is_noticed(server: Server, log: Lines, busy: bool
         assert len(numbers) == len(set(numbers)) or not busy
 
 
+@pytest.mark.scenario(5)
 async def test_without_a_heartbeat_a_frozen_server_is_not_noticed(
     server: Server, log: Lines
 ) -> None:
@@ -258,6 +263,7 @@ def app_url(server: Server, password: str = "secret") -> str:
     return server.url.replace("unix://", f"unix://app:{password}@")
 
 
+@pytest.mark.scenario(23)
 async def test_one_denied_pattern_names_itself_at_start(server: Server) -> None:
     """A start with one denied pattern of three raises PermissionDenied with it, and closes."""
     await acl(server, "+@all", "resetchannels", "&note:*", "&ok:*", "&__eventbus__:*")
@@ -278,6 +284,7 @@ async def test_one_denied_pattern_names_itself_at_start(server: Server) -> None:
     assert bus.health().state == "closed"
 
 
+@pytest.mark.scenario(23)
 async def test_one_denied_pattern_hurts_only_itself(server: Server) -> None:
     """With on_denied="degrade" the other patterns are live, before and after a reconnect, and the
     denied one goes live when the rule is widened."""
@@ -316,6 +323,7 @@ async def publish_secret(admin: EventBus, late: Seen[Any]) -> None:
             await admin.publish("secret:1", Note(to="1", n=3))
 
 
+@pytest.mark.scenario(23)
 async def test_attaching_a_denied_pattern_changes_nothing(server: Server) -> None:
     """attach raises PermissionDenied for a denied pattern; what is live stays, the bus goes on."""
     await acl(server, "+@all", "resetchannels", "&note:*", "&__eventbus__:*")
@@ -333,6 +341,7 @@ async def test_attaching_a_denied_pattern_changes_nothing(server: Server) -> Non
         assert bus.health().subscriptions == ("note:*",)
 
 
+@pytest.mark.scenario(25)
 async def test_a_denied_publish_is_typed(server: Server) -> None:
     """Publishing where the ACL forbids raises PermissionDenied with channel and user."""
     await acl(server, "+@all", "resetchannels", "&note:*", "&__eventbus__:*")
@@ -343,6 +352,7 @@ async def test_a_denied_publish_is_typed(server: Server) -> None:
         assert (caught.value.channel, caught.value.user) == ("other:1", "app")
 
 
+@pytest.mark.scenario(25)
 async def test_without_permission_for_the_probe_the_bus_is_degraded_and_alive(
     server: Server, log: Lines
 ) -> None:
@@ -374,6 +384,7 @@ async def beat(bus: EventBus) -> None:
 
 
 @pytest.mark.parametrize("password", ["wrong", ""])
+@pytest.mark.scenario(22)
 async def test_wrong_credentials_fail_at_once(server: Server, password: str) -> None:
     """A wrong or missing password raises PermissionDenied at start, long before connect_timeout,
     and the password is in no text."""
@@ -400,6 +411,7 @@ async def down(bus: EventBus, server: Server, log: Lines) -> None:
     await log.hear("publisher")
 
 
+@pytest.mark.scenario(1)
 async def test_by_default_a_publish_during_an_outage_fails_for_certain(
     server: Server, log: Lines
 ) -> None:
@@ -487,6 +499,7 @@ async def test_an_old_buffered_event_expires(server: Server, log: Lines) -> None
 # -- Slow handlers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.scenario(26)
 async def test_a_slow_handler_hurts_only_itself(server: Server) -> None:
     """Ten times what its queue takes: the slow handler's drops are counted and reported exactly,
     and another handler gets everything."""

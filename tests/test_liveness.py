@@ -7,7 +7,8 @@ the heartbeat the same fault stays unseen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 import redis.asyncio
@@ -17,7 +18,10 @@ from eventbus import BusUnavailable, EventBus, PublishUncertain
 from eventbus.server import Server
 from tests.faults.proxy import Mode, Proxy
 from tests.helpers import Lines, Seen, soon
-from tests.test_failure import Note, listener, publish_until
+from tests.test_failure import HEARTBEAT, Note, listener, publish_until
+
+PATIENCE = 15.0
+"""Seconds on top of what detection takes: a slow machine is no fault."""
 
 
 @pytest.fixture
@@ -38,6 +42,19 @@ async def publish_at(server: Server, *numbers: int) -> list[int | None]:
     """Publish these notes directly at a server; returns who got them."""
     async with EventBus(server.url, heartbeat=None) as bus:
         return [(await bus.publish(Note(to="a", n=n))).receivers for n in numbers]
+
+
+@asynccontextmanager
+async def load(busy: bool, bus: EventBus) -> AsyncIterator[None]:
+    """With `busy`, a publisher that never stops in this block."""
+    over = asyncio.Event()
+    publishing = asyncio.create_task(publish_until(bus, over.is_set, 50)) if busy else None
+    try:
+        yield
+    finally:
+        over.set()
+        if publishing is not None:
+            await publishing
 
 
 # -- Two servers behind one address ----------------------------------------------------------------
@@ -95,21 +112,28 @@ async def test_without_a_heartbeat_a_wrong_node_starves_the_bus(
 # -- Half-open connections -------------------------------------------------------------------------
 
 
+@pytest.mark.scenario(3, 6)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "under load"])
 @pytest.mark.parametrize("mode", ["hole", "down_hole"])
-async def test_a_half_open_subscriber_is_noticed(server: Server, log: Lines, mode: Mode) -> None:
+async def test_a_half_open_subscriber_is_noticed(
+    server: Server, log: Lines, mode: Mode, busy: bool
+) -> None:
     """A subscriber that hears nothing any more, with its socket open, is given up within two
-    heartbeats; what it missed is counted, and it hears again."""
+    heartbeats, be it idle or in the middle of a stream; what it missed is counted, and it hears
+    again."""
     async with Proxy(server.port) as proxy, EventBus(server.url) as publisher:
         bus, seen, gaps = listener(proxy.url)
         async with bus:
             await publisher.publish(Note(to="a", n=0))
             await seen.reach(1)
-            [pair] = proxy.living("subscriber")
-            pair.mode = mode
-            lost = [await publisher.publish(Note(to="a", n=n)) for n in range(1, 4)]
-            await log.hear("subscriber")
-            await soon(gaps.reach(1))
-            await publish_until(publisher, lambda: len(seen) > 1)
+            async with load(busy, publisher):
+                [pair] = proxy.living("subscriber")
+                pair.mode = mode
+                lost = [await publisher.publish(Note(to="a", n=n)) for n in range(1, 4)]
+                await log.hear("subscriber", 2 * HEARTBEAT + 1 + PATIENCE)
+                await soon(gaps.reach(1), PATIENCE)
+            heard = len(seen)
+            await publish_until(publisher, lambda: len(seen) > heard)
             await soon(gaps.reach(2))
 
             assert [receipt.receivers for receipt in lost] == [1, 1, 1]
@@ -119,41 +143,50 @@ async def test_a_half_open_subscriber_is_noticed(server: Server, log: Lines, mod
             assert bus.stats().reconnects == 1
 
 
+@pytest.mark.scenario(3, 6)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "under load"])
 async def test_without_a_heartbeat_a_half_open_subscriber_is_not_noticed(
-    server: Server, log: Lines
+    server: Server, log: Lines, busy: bool
 ) -> None:
     """The negative control: with heartbeat=None the same hole swallows messages while the bus with
     a heartbeat beside it has long recovered."""
-    async with Proxy(server.port) as proxy:
+    async with Proxy(server.port) as proxy, EventBus(server.url) as other, load(busy, other):
         deaf, deaf_seen, deaf_gaps = listener(proxy.url, heartbeat=None, drain_timeout=0.2)
         bus, seen, gaps = listener(proxy.url)
         async with deaf, bus:
             for pair in proxy.living("subscriber"):
                 pair.mode = "hole"
-            await soon(gaps.reach(1), 10)
-            await publish_until(bus, lambda: len(seen) > 0)
+            await soon(gaps.reach(1), PATIENCE)
+            before = len(deaf_seen), len(seen)
+            await publish_until(bus, lambda: len(seen) > before[1] + 10)
 
-            assert not deaf_seen
+            assert len(deaf_seen) == before[0]
             assert not deaf_gaps
             assert deaf.health().state == "live"
 
 
+@pytest.mark.scenario(6)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "under load"])
 async def test_a_half_open_publisher_is_noticed_and_sends_nothing_twice(
-    server: Server, log: Lines
+    server: Server, log: Lines, busy: bool
 ) -> None:
     """When the answers to a publisher are lost, a publish is uncertain within its deadline and
-    arrives at most once, and the connection is given up within two heartbeats."""
+    arrives at most once, and the connection is given up within two heartbeats, be it idle or in the
+    middle of its work."""
     async with Proxy(server.port) as proxy:
         bus, seen, _ = listener(proxy.url, publish_timeout=0.2)
         async with bus:
             await bus.publish(Note(to="a", n=-1))
             await seen.reach(1)
-            [pair] = proxy.living("publisher")
-            pair.mode = "down_hole"
-            with pytest.raises(PublishUncertain) as caught:
-                await soon(bus.publish(Note(to="a", n=-2)))
-            await log.hear("publisher")
-            await publish_until(bus, lambda: len(seen) > 3)
+            async with load(busy, bus):
+                [pair] = proxy.living("publisher")
+                pair.mode = "down_hole"
+                with pytest.raises(PublishUncertain) as caught:
+                    await soon(bus.publish(Note(to="a", n=-2)))
+                await log.hear("publisher", 2 * HEARTBEAT + 1 + PATIENCE)
+                await log.hear("connected again", PATIENCE)
+            heard = len(seen)
+            await publish_until(bus, lambda: len(seen) > heard + 1)
 
             assert seen.count(-2) == 1
             assert caught.value.channel == "note:a"
@@ -162,6 +195,78 @@ async def test_a_half_open_publisher_is_noticed_and_sends_nothing_twice(
             assert [line for line in log.lines if "no byte for a heartbeat" in line]
 
 
+@pytest.mark.scenario(6)
+async def test_what_arrived_without_an_answer_is_not_sent_again(server: Server, log: Lines) -> None:
+    """When a connection is cut after a message has arrived and before its answer has, the publish
+    is uncertain at once, and there is one copy, also after the reconnect."""
+    async with Proxy(server.port) as proxy:
+        bus, seen, _ = listener(proxy.url, heartbeat=None, publish_timeout=60.0)
+        async with bus:
+            await bus.publish(Note(to="a", n=-1))
+            [pair] = proxy.living("publisher")
+            pair.mode = "down_hole"
+            publishing = asyncio.create_task(bus.publish(Note(to="a", n=-2)))
+            await seen.reach(2)
+            pair.cut()
+            with pytest.raises(PublishUncertain):
+                await soon(publishing)
+            await publish_until(bus, lambda: len(seen) > 2)
+
+            assert seen.count(-2) == 1
+            assert bus.stats().uncertain == 1
+
+
+@pytest.mark.scenario(6)
+async def test_without_a_heartbeat_a_half_open_publisher_is_not_noticed(
+    server: Server, log: Lines
+) -> None:
+    """The negative control: with heartbeat=None every publish is uncertain, one after another, long
+    after the bus with a heartbeat beside it has a new connection."""
+    async with Proxy(server.port) as proxy:
+        deaf, _, _ = listener(proxy.url, heartbeat=None, publish_timeout=0.1, drain_timeout=0.2)
+        bus, _, _ = listener(proxy.url, publish_timeout=0.1)
+        async with deaf, bus:
+            for pair in proxy.living():
+                if pair.role != "subscriber":
+                    pair.mode = "down_hole"
+            await log.hear("publisher", 2 * HEARTBEAT + 1 + PATIENCE)
+            await publish_until(bus, lambda: bus.stats().published > 0)
+            for n in range(3):
+                with pytest.raises(PublishUncertain):
+                    await soon(deaf.publish(Note(to="a", n=n)))
+
+            assert deaf.health().state == "live"
+            assert deaf.stats().published == 0
+
+
+@pytest.mark.scenario(6)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "under load"])
+async def test_a_subscriber_whose_requests_are_lost_is_noticed(
+    server: Server, log: Lines, busy: bool
+) -> None:
+    """A subscriber that hears, and whose own words arrive nowhere, cannot subscribe any more: it is
+    given up although messages come, and what waited is subscribed."""
+
+    async def handler(event: Note) -> None: ...
+
+    async with Proxy(server.port) as proxy, EventBus(server.url, heartbeat=None) as publisher:
+        bus, _, gaps = listener(proxy.url, heartbeat=0.1, drain_timeout=0.2)
+        async with bus, load(busy, publisher):
+            [pair] = proxy.living("subscriber")
+            pair.mode = "up_hole"
+            attaching = asyncio.create_task(bus.attach(handler, "late:*"))
+            try:
+                await soon(gaps.reach(1), 6)
+                await soon(attaching, PATIENCE)
+            finally:
+                attaching.cancel()
+            receipt = await publisher.publish("late:1", Note(to="a", n=1))
+
+            assert receipt.receivers == 1
+            assert bus.stats().reconnects == 1
+
+
+@pytest.mark.scenario(6)
 async def test_a_publisher_in_a_hole_sends_nothing_late(server: Server, log: Lines) -> None:
     """What a dead network swallowed is uncertain, never sent again after the reconnect, and leaves
     a hole that is counted."""
@@ -182,6 +287,7 @@ async def test_a_publisher_in_a_hole_sends_nothing_late(server: Server, log: Lin
             assert bus.stats().missed <= bus.stats().uncertain
 
 
+@pytest.mark.scenario(3, 5)
 async def test_a_server_that_accepts_and_never_answers_does_not_hold_an_attempt() -> None:
     """A server that is frozen when the bus connects is given up after the connect timeout and tried
     again, also by a client that has no timeouts: it may be another server by then."""
@@ -204,6 +310,7 @@ async def test_a_server_that_accepts_and_never_answers_does_not_hold_an_attempt(
 # -- A second drop, while it subscribes again ------------------------------------------------------
 
 
+@pytest.mark.scenario(7)
 async def test_a_second_drop_during_the_resubscribe_starts_from_the_full_set(
     server: Server, log: Lines
 ) -> None:
@@ -245,6 +352,7 @@ async def test_a_second_drop_during_the_resubscribe_starts_from_the_full_set(
 # -- Reading ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.scenario(8)
 async def test_replies_that_are_split_everywhere_arrive_whole(server: Server) -> None:
     """Answers and messages that come byte by byte, in every reply split at every offset, are the
     same messages in the same order."""
@@ -272,6 +380,7 @@ async def test_replies_that_are_split_everywhere_arrive_whole(server: Server) ->
             assert {pair.mode for pair in proxy.pairs} == {"drip"}
 
 
+@pytest.mark.scenario(14)
 async def test_a_publish_while_nobody_listens_at_the_address(server: Server, log: Lines) -> None:
     """A publish while the address refuses connections is certainly not sent, and the bus comes back
     when the address leads to another server."""

@@ -6,12 +6,15 @@ import asyncio
 import random
 from collections.abc import Callable
 
+import pytest
+
 from eventbus import EventBus, Message
 from eventbus.server import Server
 from tests.faults.ledger import CHANNELS, Entry, Ledger, receiver, source_of
 from tests.helpers import soon
 
 
+@pytest.mark.scenario(1)
 async def test_every_loss_of_channels_heard_before_and_after_is_exact(
     say: Callable[[str], None],
 ) -> None:

@@ -92,6 +92,7 @@ async def test_a_validator_that_fails_makes_the_event_invalid(url: str, overflow
 
 
 @pytest.mark.parametrize("overflow", ["drop_oldest", "latest"])
+@pytest.mark.scenario(29)
 async def test_a_handler_that_cancels_itself_is_one_failed_call(url: str, overflow: Any) -> None:
     """A handler that cancels its own task has failed once, and its lane goes on."""
     bus = EventBus(url)
@@ -114,6 +115,7 @@ async def test_a_handler_that_cancels_itself_is_one_failed_call(url: str, overfl
     assert seen == [1, 2, 3]
 
 
+@pytest.mark.scenario(33)
 async def test_a_publish_held_up_in_a_middleware_ends_with_the_bus(server: Server) -> None:
     """A publish that reaches the transport after the stop is BusClosed, and does not hang."""
     bus = EventBus(server.url)
@@ -135,6 +137,7 @@ async def test_a_publish_held_up_in_a_middleware_ends_with_the_bus(server: Serve
         await soon(task)
 
 
+@pytest.mark.scenario(33)
 async def test_a_handler_that_swallows_its_cancellation_does_not_hold_the_stop(url: str) -> None:
     """stop() ends although a handler does not."""
     bus = EventBus(url, drain_timeout=0.1)
@@ -158,6 +161,8 @@ async def test_a_handler_that_swallows_its_cancellation_does_not_hold_the_stop(u
     assert bus.health().state == "closed"
 
 
+@pytest.mark.scenario(33)
+@pytest.mark.scenario(31)
 async def test_two_handlers_may_stop_the_bus(url: str) -> None:
     """Two handlers that both call stop() wait for neither each other nor the drain timeout."""
     bus = EventBus(url, drain_timeout=60)
@@ -180,6 +185,7 @@ async def test_two_handlers_may_stop_the_bus(url: str) -> None:
     assert bus.stats().failed == 0
 
 
+@pytest.mark.scenario(33)
 async def test_what_waits_for_the_server_ends_with_the_bus(server: Server) -> None:
     """An attach that waits for a frozen server raises BusClosed when the bus is stopped."""
     bus = EventBus(server.url, drain_timeout=0.2)
@@ -197,6 +203,7 @@ async def test_what_waits_for_the_server_ends_with_the_bus(server: Server) -> No
     server.thaw()
 
 
+@pytest.mark.scenario(5)
 async def test_a_gap_begins_before_the_loss(server: Server) -> None:
     """`since` of a reconnect gap is the last byte before the server froze, not the moment when that
     was noticed, a heartbeat later."""
@@ -259,6 +266,7 @@ async def test_numbers_die_with_a_route_that_was_detached_during_an_outage(
         assert bus.stats().missed == 0
 
 
+@pytest.mark.scenario(33)
 async def test_health_is_false_while_stopping(url: str) -> None:
     """A bus that is being stopped does not say that it can receive."""
     bus = EventBus(url, drain_timeout=60)
@@ -310,6 +318,7 @@ async def test_a_secret_in_a_url_without_a_scheme_is_not_shown() -> None:
         assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.scenario(34)
 async def test_a_route_used_from_another_loop_is_refused(url: str) -> None:
     """route.add in another loop raises BusClosed and changes nothing."""
 
@@ -374,6 +383,7 @@ async def test_names_of_streams_are_not_kept(url: str) -> None:
         assert not receiver.router._entries
 
 
+@pytest.mark.scenario(34)
 async def test_a_bus_whose_loop_died_can_start_again(server: Server) -> None:
     """A bus that was never stopped, and whose loop is gone, starts in a new loop."""
     bus = EventBus(server.url)

@@ -629,7 +629,7 @@ async def test_a_hostile_name_from_the_wire_is_escaped(
                 event = foreign(good, type="Card", id=name, source=name, busseq=number, evil=name)
                 await other.publish(tag + name, event)
         await calls.reach(8)
-        await gaps.reach(4)
+        await gaps.reach(3)  # a source without end is not remembered
         assert sorted(set(calls)) == sorted(tag + name for name in (ESCAPE, LINE, BIDI, LONG))
     lines = [record.getMessage() for record in everything.records if record.name == "eventbus"]
     assert len([line for line in lines if tag in line]) >= 16

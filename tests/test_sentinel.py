@@ -10,106 +10,53 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-import redis.asyncio
 from anyio.lowlevel import checkpoint
 from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 
 from eventbus import BusUnavailable, EventBus, Gap, PublishUncertain
-from eventbus.server import Server
 from eventbus.transports._endpoint import _sentinels
+from tests.faults.controller import Controller
+from tests.faults.sentinels import CONFIG, Watched
 from tests.helpers import Lines, Seen, soon
 from tests.test_failure import Note, listener, publish_until
 
 HEARTBEAT = 0.5
-CONFIG = """
-sentinel monitor main 127.0.0.1 {port} 2
-sentinel down-after-milliseconds main 1000
-sentinel failover-timeout main 2000
-"""
-FAST = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-
-
-class Watched:
-    """A master and a replica, and the Sentinels over them."""
-
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
-        self.master = stack.enter_context(Server(port=0, options=FAST))
-        port = str(self.master.port)
-        self.replica = stack.enter_context(
-            Server(port=0, options=(*FAST, "--replicaof", "127.0.0.1", port))
-        )
-        self.sentinels = []
-        for number in range(3):
-            config = folder / f"sentinel{number}.conf"
-            config.write_text(CONFIG.format(port=port))
-            server = Server(folder / f"s{number}", port=0, options=(str(config), "--sentinel"))
-            self.sentinels.append(stack.enter_context(server))
-        hosts = ",".join(f"localhost:{sentinel.port}" for sentinel in self.sentinels)
-        self.url = f"redis+sentinel://{hosts}/main"
-
-    async def ask(self, server: Server, *words: str) -> Any:
-        """The answer of one of the servers."""
-        async with redis.asyncio.Redis(port=server.port or 0) as client:
-            return await client.execute_command(*words)
-
-    async def roles(self) -> tuple[Server, Server]:
-        """The master of now and the replica, when every Sentinel knows them and the others."""
-        async with asyncio.timeout(20):
-            for sentinel in self.sentinels:
-                async with redis.asyncio.Redis(port=sentinel.port or 0) as client:
-                    events = client.pubsub()
-                    await events.psubscribe("*")
-                    while not await self._healthy(client):
-                        await events.get_message(timeout=0.2)  # the next event, or have a look
-                    await events.aclose()
-            _, port = await self.ask(
-                self.sentinels[0], "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"
-            )
-        servers = (self.master, self.replica)
-        return servers if int(port) == self.master.port else servers[::-1]
-
-    async def _healthy(self, client: redis.asyncio.Redis) -> bool:
-        try:
-            await client.execute_command("SENTINEL", "CKQUORUM", "main")
-        except ResponseError:
-            return False
-        master = (await client.sentinel_masters())["main"]
-        known = master["num-other-sentinels"] == 2 and master["num-slaves"] == 1
-        # A Sentinel itself looks every 10 s only.
-        servers = (self.master, self.replica)
-        [replica] = [server for server in servers if server.port != master["port"]]
-        async with redis.asyncio.Redis(port=replica.port or 0) as direct:
-            return known and (await direct.info()).get("master_link_status") == "up"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Two servers and three Sentinels; tests that move the master ask where it is."""
+    """Two servers and three Sentinels, for the tests that leave the master where it is."""
     with ExitStack() as stack:
         yield Watched(stack, tmp_path_factory.mktemp("sentinel"))
 
 
-def bus_of(url: str) -> tuple[EventBus, Seen[int], Seen[Gap]]:
+@pytest.fixture
+def movable(tmp_path: Path) -> Iterator[Watched]:
+    """A set for one failover: after one, Sentinels need 10 s to know the roles again, and a new
+    set is ready in 2."""
+    with ExitStack() as stack:
+        yield Watched(stack, tmp_path)
+
+
+def bus_of(
+    url: str, *, heartbeat: float | None = HEARTBEAT, client_name: str = "bus"
+) -> tuple[EventBus, Seen[int], Seen[Gap]]:
     """A bus on `note:*` whose connections bear its name."""
     return listener(
         url,
-        heartbeat=HEARTBEAT,
+        heartbeat=heartbeat,
         publish_timeout=0.3,
         drain_timeout=1.0,
-        redis_options={"client_name": "bus", "socket_timeout": 0.5},
+        redis_options={"client_name": client_name, "socket_timeout": 0.5},
     )
 
 
-async def connections(cluster: Watched, server: Server) -> int:
+async def connections(server: Controller) -> int:
     """How many connections of `bus_of` this server has."""
-    async with redis.asyncio.Redis(port=server.port or 0) as client:
-        clients = await client.client_list()
-    return sum(client["name"] == "bus" for client in clients)
+    return len(await server.clients(name="bus"))
 
 
 def balance(bus: EventBus, seen: list[int], outcomes: list[str]) -> None:
@@ -133,12 +80,12 @@ async def test_a_bus_finds_the_master(cluster: Watched, log: Lines) -> None:
             assert (await bus.publish(Note(to="a", n=1))).receivers == 1
             await seen.reach(1)
             await bus.redis().set("key", "value")
-            assert await connections(cluster, master) == 3
-            assert await connections(cluster, replica) == 0
+            assert await connections(master) == 3
+            assert await connections(replica) == 0
             assert bus.health().state == "live"
     finally:
         cluster.sentinels[0].start()
-    assert await connections(cluster, master) == 0
+    assert await connections(master) == 0
     assert not gaps
     assert not log.lines
 
@@ -186,29 +133,34 @@ async def test_an_unknown_master_says_so(cluster: Watched) -> None:
 # -- The master moves ------------------------------------------------------------------------------
 
 
-async def test_a_graceful_failover_is_followed_and_told(cluster: Watched, log: Lines) -> None:
+@pytest.mark.long  # Sentinel itself gives the old master 8 s before it demotes it
+@pytest.mark.scenario(17)
+async def test_a_graceful_failover_is_followed_and_told(movable: Watched, log: Lines) -> None:
     """After SENTINEL FAILOVER the bus is on the new master, the gap is told, messages flow, and the
     sum of heard and missed is what was acknowledged."""
-    old, new = await cluster.roles()
-    bus, seen, gaps = bus_of(cluster.url)
+    old, new = await movable.roles()
+    bus, seen, gaps = bus_of(movable.url)
     async with bus:
         await bus.publish(Note(to="a", n=-1))
         await seen.reach(1)
-        await cluster.ask(cluster.sentinels[0], "SENTINEL", "FAILOVER", "main")
+        await movable.fail_over()
         outcomes = await publish_until(bus, lambda: len(gaps) > 0)
         outcomes += await follow(bus, seen, len(outcomes))
 
         assert gaps[0].reason == "reconnect"
-        assert await connections(cluster, new) == 2
-        assert await connections(cluster, old) == 0
+        assert await connections(new) == 2
+        assert await connections(old) == 0
         balance(bus, seen, ["ok", *outcomes])
 
 
-async def follow(bus: EventBus, seen: Seen[int], start: int) -> list[str]:
-    """Publish notes from this number on until one of them is heard; returns the outcomes."""
-    outcomes = []
-    async with asyncio.timeout(15):
-        while not seen or seen[-1] < start:
+async def follow(
+    bus: EventBus, seen: Seen[int], start: int, until: asyncio.Event | None = None
+) -> list[str]:
+    """Publish notes from this number on until one of them is heard, or as long as `until` is not
+    set; returns the outcomes."""
+    outcomes: list[str] = []
+    async with asyncio.timeout(40):
+        while not until.is_set() if until else not seen or seen[-1] < start:
             try:
                 await bus.publish(Note(to="a", n=start + len(outcomes)))
             except (BusUnavailable, PublishUncertain) as error:
@@ -219,54 +171,83 @@ async def follow(bus: EventBus, seen: Seen[int], start: int) -> list[str]:
     return outcomes
 
 
-async def test_a_frozen_master_is_left_by_both_connections(cluster: Watched, log: Lines) -> None:
-    """A master that freezes is left within the liveness deadline; when Sentinel has chosen the new
-    one, both connections are there and messages flow, and what was acknowledged is heard or
-    counted. It does not come back when the old one wakes."""
-    old, new = await cluster.roles()
-    bus, seen, gaps = bus_of(cluster.url)
+@pytest.mark.scenario(18)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "under load"])
+async def test_a_frozen_master_is_left_by_both_connections(
+    movable: Watched, log: Lines, busy: bool
+) -> None:
+    """A master that freezes is left within the liveness deadline, whether anybody publishes or not;
+    when Sentinel has chosen the new one, both connections are there and messages flow, and what was
+    acknowledged is heard or counted. It does not come back when the old one wakes."""
+    old, new = await movable.roles()
+    bus, seen, gaps = bus_of(movable.url)
     async with bus:
-        await bus.publish(Note(to="a", n=-1))
-        await seen.reach(1)
+        outcomes = await follow(bus, seen, 0)
+        loading = None
+        if busy:
+            moved = asyncio.Event()
+            loading = asyncio.create_task(follow(bus, seen, len(outcomes), moved))
+            await seen.reach(20)
         old.freeze()
         try:
-            await log.hear("publisher", 4 * HEARTBEAT)
-            await log.hear("subscriber", 4 * HEARTBEAT)
-            outcomes = await follow(bus, seen, 0)
+            await log.hear("publisher", 4 * HEARTBEAT + 5)
+            await log.hear("subscriber", 4 * HEARTBEAT + 5)
+            await soon(gaps.reach(1), 30)
+            if loading is not None:
+                moved.set()
+                outcomes += await soon(loading, 20)
+            outcomes += await follow(bus, seen, len(outcomes))
             assert gaps[0].reason == "reconnect"
-            assert await connections(cluster, new) == 2
+            assert await connections(new) == 2
         finally:
             old.thaw()
         more = await follow(bus, seen, len(outcomes))
 
         assert set(more) == {"ok"}
-        assert await connections(cluster, new) == 2
+        assert await connections(new) == 2
         assert [line for line in log.lines if "no byte for a heartbeat" in line]
-        balance(bus, seen, ["ok", *outcomes, *more])
+        balance(bus, seen, [*outcomes, *more])
+
+
+@pytest.mark.scenario(18)
+async def test_without_a_heartbeat_a_frozen_master_starves_the_bus(movable: Watched) -> None:
+    """The negative control: with heartbeat=None the bus stays on the frozen master, says that it is
+    live and hears of nothing, while the bus beside it has followed the failover."""
+    old, new = await movable.roles()
+    deaf, deaf_seen, deaf_gaps = bus_of(movable.url, heartbeat=None, client_name="deaf")
+    bus, seen, gaps = bus_of(movable.url)
+    async with deaf, bus:
+        await follow(bus, seen, 0)
+        old.freeze()
+        try:
+            await soon(gaps.reach(1), 30)
+            await follow(bus, seen, 1000)
+            assert len(await new.clients(name="bus")) == 2
+            assert await new.clients(name="deaf") == []
+            assert max(deaf_seen) < 1000
+            assert not deaf_gaps
+            assert deaf.health().state == "live"
+        finally:
+            old.thaw()
 
 
 # -- One node and one Sentinel, without anybody to fail over to -----------------------------------
 
 
 @pytest.fixture
-def lonely(tmp_path: Path) -> Iterator[tuple[Server, str]]:
+def lonely(tmp_path: Path) -> Iterator[tuple[Controller, str]]:
     """A master that a single Sentinel watches, and the URL."""
     config = tmp_path / "sentinel.conf"
-    with Server(port=0) as master:
+    with Controller(port=0) as master:
         config.write_text(CONFIG.format(port=master.port))
         options = (str(config), "--sentinel")
-        with Server(tmp_path / "s", port=0, options=options) as sentinel:
+        with Controller(tmp_path / "s", port=0, options=options) as sentinel:
             yield master, f"redis+sentinel://localhost:{sentinel.port}/main"
 
 
-async def make_replica(server: Server, *of: str) -> None:
-    """Change the role of a running node."""
-    async with redis.asyncio.Redis(port=server.port or 0) as client:
-        await client.execute_command("REPLICAOF", *of)
-
-
+@pytest.mark.scenario(21)
 async def test_a_publisher_is_never_left_on_a_replica(
-    lonely: tuple[Server, str], log: Lines
+    lonely: tuple[Controller, str], log: Lines
 ) -> None:
     """When the node under a running bus becomes a replica, the next beat notices: publishes are
     certainly not sent until there is a master again, and then they are."""
@@ -275,11 +256,11 @@ async def test_a_publisher_is_never_left_on_a_replica(
     async with bus:
         await bus.publish(Note(to="a", n=-1))
         await seen.reach(1)
-        await make_replica(master, "127.0.0.1", "1")
+        await master.ask("REPLICAOF", "127.0.0.1", "1")
         await log.hear("publisher", 4 * HEARTBEAT)
         with pytest.raises(BusUnavailable) as caught:
             await bus.publish(Note(to="a", n=-2))
-        await make_replica(master, "NO", "ONE")
+        await master.ask("REPLICAOF", "NO", "ONE")
         await follow(bus, seen, 0)
 
         assert "replica" in str(caught.value)
@@ -287,10 +268,11 @@ async def test_a_publisher_is_never_left_on_a_replica(
         assert -2 not in seen
 
 
-async def test_a_start_on_a_replica_is_refused(lonely: tuple[Server, str]) -> None:
+@pytest.mark.scenario(21)
+async def test_a_start_on_a_replica_is_refused(lonely: tuple[Controller, str]) -> None:
     """When Sentinel still names a node that is a replica by now, the start does not take it."""
     master, url = lonely
-    await make_replica(master, "127.0.0.1", "1")
+    await master.ask("REPLICAOF", "127.0.0.1", "1")
     with pytest.raises(BusUnavailable, match="replica"):
         await soon(EventBus(url, connect_timeout=0.5).start())
 

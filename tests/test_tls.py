@@ -6,89 +6,29 @@ The certificates are made here, for one run. Nothing ever falls back to plaintex
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 import redis.asyncio
 from anyio.lowlevel import checkpoint
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from eventbus import BusUnavailable, EventBus, EventBusError
 from eventbus.server import Server, ServerFailed
 from tests.conftest import DEBIAN, IN_CI
-from tests.faults.proxy import Proxy
+from tests.faults.certificates import Authority
+from tests.faults.proxy import Mode, Proxy
 from tests.helpers import Lines, soon
 from tests.test_failure import Note, listener, publish_until
 
+pytestmark = pytest.mark.scenario(15)
+
 LONG = 60.0
 """A connect_timeout that no test waits for: what fails before `soon` gives up failed at once."""
-
-
-class Authority:
-    """A certificate authority, and the certificates that it signs, as files."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        may_sign = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-        ours = self._sign(self._name, self._key, 30, x509.BasicConstraints(True, None), may_sign)
-        self.file = folder / f"{name}.pem"
-        self.file.write_bytes(ours.public_bytes(serialization.Encoding.PEM))
-
-    def _sign(
-        self,
-        subject: x509.Name,
-        key: ec.EllipticCurvePrivateKey,
-        days: int,
-        *extensions: x509.ExtensionType,
-    ) -> x509.Certificate:
-        now = datetime.now(UTC)
-        builder = x509.CertificateBuilder(
-            issuer_name=self._name,
-            subject_name=subject,
-            public_key=key.public_key(),
-            serial_number=x509.random_serial_number(),
-            not_valid_before=now - timedelta(days=60),
-            not_valid_after=now + timedelta(days=days),
-        )
-        issuer = self._key.public_key()
-        for extension in (  # Python 3.13 asks for all of them
-            *extensions,
-            x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer),
-        ):
-            critical = isinstance(extension, x509.BasicConstraints | x509.KeyUsage)
-            builder = builder.add_extension(extension, critical=critical)
-        return builder.sign(self._key, hashes.SHA256())
-
-    def certificate(self, name: str, *, days: int = 30, host: str = "localhost") -> list[str]:
-        """The server's options for a certificate of this host, which ends in so many days."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        names: list[x509.GeneralName] = [x509.DNSName(host)]
-        if host == "localhost":
-            names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
-        signed = self._sign(subject, key, days, x509.SubjectAlternativeName(names))
-        files = self._folder / f"{name}.crt", self._folder / f"{name}.key"
-        files[0].write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-        files[1].write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return ["--tls-cert-file", str(files[0]), "--tls-key-file", str(files[1])]
 
 
 class Secure:
@@ -281,9 +221,11 @@ async def test_a_tls_port_is_not_reached_without_tls(good: Secure) -> None:
     assert url in str(caught.value)
 
 
-async def test_a_server_that_stalls_in_the_handshake_is_given_up(good: Secure) -> None:
-    """A handshake that never ends does not outlast connect_timeout, and nothing is left behind."""
-    async with Proxy(good.port, mode="down_hole") as proxy:
+@pytest.mark.parametrize("mode", ["down_hole", "stall"])
+async def test_a_server_that_stalls_in_the_handshake_is_given_up(good: Secure, mode: Mode) -> None:
+    """A handshake that never ends, or never begins, does not outlast connect_timeout, and nothing
+    is left behind."""
+    async with Proxy(good.port, mode=mode) as proxy:
         tasks = asyncio.all_tasks()
         bus = EventBus(
             proxy.url.replace("redis:", "rediss:"),
@@ -293,6 +235,7 @@ async def test_a_server_that_stalls_in_the_handshake_is_given_up(good: Secure) -
         with pytest.raises(BusUnavailable) as caught:
             await soon(bus.start())
         assert "TLS" in str(caught.value)
+        proxy.mode = "close"  # for one that is only now accepted
         proxy.cut()
         await soon(settled(tasks))
 

@@ -93,7 +93,7 @@ class Endpoint:
         """The address, without a secret."""
         self.user: str | None = options.get("username")
         self.is_sentinel = sentinels is not None
-        needs = {"+role": sentinels, "+select": options.get("db")}
+        needs = {"+role": True, "+select": options.get("db")}
         needs["+client|setname"] = options.get("client_name")
         self.connecting = tuple(rule for rule, needed in needs.items() if needed)
         """The ACL rules that opening and keeping a connection needs, beside PING."""
@@ -105,7 +105,7 @@ class Endpoint:
         self._sentinels = sentinels
         self._master = master
         self._client_options = {k: v for k, v in options.items() if k not in _NOT_A_CLIENTS}
-        self._warned = False
+        self._warned = self._told_replica = False
         try:
             self._connection()
         except (TypeError, ValueError, RedisError) as error:
@@ -161,14 +161,22 @@ class Endpoint:
             await connection.read_response()
         except NoPermissionError:
             pass  # an answer is an answer
+        await connection.send_command("ROLE", check_health=False)
+        try:
+            role = (await connection.read_response())[0]
+        except ResponseError:
+            return  # denied, or a server that has no roles
+        if role == b"master":
+            return
         if self.is_sentinel:
-            await connection.send_command("ROLE", check_health=False)
-            try:
-                role = (await connection.read_response())[0]
-            except NoPermissionError:
-                return
-            if role != b"master":
-                raise RedisConnectionError(f"{self.shown}: this node is a replica now")
+            raise RedisConnectionError(f"{self.shown}: this node is a replica now")
+        if not self._told_replica:
+            self._told_replica = True
+            logger.warning(
+                "%s is a replica: what is published there reaches its own subscribers alone; give"
+                " the address of the master, or redis+sentinel://",
+                self.shown,
+            )
 
     async def _find_master(self) -> tuple[str, int]:
         if self._sentinels is None:

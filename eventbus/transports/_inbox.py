@@ -20,11 +20,12 @@ from eventbus.transports.base import Sink
 
 
 class _Ping:
-    """A PING that is outstanding, and who waits for it (None at a loss)."""
+    """A PING that is outstanding, its token, and who waits for it."""
 
-    __slots__ = ("answered",)
+    __slots__ = ("answered", "token")
 
-    def __init__(self, answered: Callable[[bool], Any]) -> None:
+    def __init__(self, token: bytes, answered: Callable[[bool], Any]) -> None:
+        self.token = token
         self.answered = answered
 
 
@@ -113,7 +114,7 @@ class Inbox:
         """PING; `answered` hears True at the answer, False at a loss. False while away."""
         if self._link is None:
             return False
-        self._asked.append(_Ping(answered))
+        self._asked.append(_Ping(token, answered))
         self._link.write(command(b"PING", token))
         return True
 
@@ -124,7 +125,7 @@ class Inbox:
         rows: list[list[bytes]] = []
         current: Subscription | None = None
         for reply in replies:
-            kind = reply[0] if type(reply) is list else None
+            kind = reply[0] if type(reply) is list and len(reply) > 1 else None
             if kind == b"pmessage":
                 subscription = patterns.get(reply[1])
             elif kind == b"message" and reply[1] not in self._own:
@@ -148,7 +149,7 @@ class Inbox:
 
     def _answer(self, reply: Any) -> None:
         """An answer to what was asked first, or the bus's own probe."""
-        if type(reply) is list and reply[0] == b"message":
+        if type(reply) is list and reply[:1] == [b"message"]:
             self._own[reply[1]](reply[2])
             return
         refused = isinstance(reply, hiredis.ReplyError)
@@ -156,6 +157,9 @@ class Inbox:
             self.fail(f"the server says: {quoted(reply)}")
             return
         item = self._asked.popleft()
+        if not refused and not self._fits(item, reply):
+            self.fail(f"the server answers another question: {quoted(reply)}")
+            return
         if isinstance(item, _Ping):
             item.answered(True)  # NOPERM to a PING is an answer too
             return
@@ -165,6 +169,15 @@ class Inbox:
         self._take_effect(item, refused)
         if not self._sink.away:
             self._on_ready()
+
+    def _fits(self, item: Command | _Ping, reply: Any) -> bool:
+        """Whether it can be the answer: one that is not means that both sides are out of step."""
+        if isinstance(item, _Ping):  # without a subscription a PONG is the token alone
+            return reply in ([b"pong", item.token], item.token)
+        subscribe, (pattern, name) = item
+        verb = (b"p" if pattern else b"") + (b"subscribe" if subscribe else b"unsubscribe")
+        wire = name if name in self._own and not pattern else self._prefix + name
+        return type(reply) is list and reply[:2] == [verb, wire]
 
     def _take_effect(self, item: Command, refused: bool) -> None:
         subscription = item.subscription

@@ -23,7 +23,12 @@ class Link(asyncio.BufferedProtocol):
     """A live connection. `on_replies` gets the parsed replies of each read, in order; `ended`
     resolves with the reason when the connection is over."""
 
-    def __init__(self, connection: Any, pressure: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        connection: Any,
+        pressure: Callable[[], bool] = lambda: False,
+        limit: int = 1 << 30,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[str] = loop.create_future()
         self.on_replies: Callable[[list[Any]], None] = lambda replies: None
@@ -32,6 +37,9 @@ class Link(asyncio.BufferedProtocol):
         self.last_read = loop.time()
         self._time = loop.time
         self._pressure = pressure
+        self._limit = limit
+        self._unfinished = 0
+        """Bytes that came since there was a whole reply."""
         self._replies = hiredis.Reader()
         self._buffer = memoryview(bytearray(_BITE))
         self._small = self._buffer[:_SMALL_BITE]
@@ -71,9 +79,16 @@ class Link(asyncio.BufferedProtocol):
             self._replies.feed(cast("bytes", data))  # it takes any buffer
             while (reply := gets()) is not False:
                 replies.append(reply)
+            if not replies:
+                self._unfinished += len(data)
+                if self._unfinished > self._limit:
+                    self.fail(f"a reply has no end after {self._unfinished} bytes")
+                return
+            self._unfinished = 0
             self.on_replies(replies)
-        except hiredis.HiredisError as error:
-            self.fail(f"what the server sent is no RESP: {error}")
+        except (hiredis.HiredisError, MemoryError) as error:  # an array of billions has no room
+            text = str(error) or type(error).__name__
+            self.fail(f"what the server sent is no RESP: {text}")
         except Exception:
             logger.exception("reading a reply failed")
             self.fail("a reply could not be handled")

@@ -5,6 +5,9 @@ own channel is published; when Redis has acknowledged it, it lies in the subscri
 PONG to a PING sent then must come after it. A PONG without the probe before it proves that
 publisher and subscriber are connected to different nodes.
 
+Bytes may go on while no answer comes: a stream out of step swallows it, or the requests are lost.
+A PING that has none for ten heartbeats ends the subscriber too.
+
 A connection is dead when a whole heartbeat brought no byte after a PING, and one more read of the
 socket brings none either (a blocked loop must not pass for a dead server).
 """
@@ -19,6 +22,9 @@ import hiredis
 from eventbus._reports import logger
 from eventbus.transports._inbox import Inbox
 from eventbus.transports._outbox import Outbox, command
+
+_PATIENCE = 10
+"""Heartbeats for an answer that is behind others: less would take a slow link for a dead one."""
 
 
 class Liveness:
@@ -42,6 +48,8 @@ class Liveness:
         self._beats = 0
         self._seen = b""
         self._publish_denied = False
+        self._asked_since: float | None = None
+        """When the oldest PING was sent that has no answer yet."""
         self.round_trip: float | None = None
         self.state = "pending"
 
@@ -63,6 +71,9 @@ class Liveness:
                 self._inbox.fail(reason)
             if silent[1]:
                 self._outbox.fail(reason)
+            asked = self._asked_since
+            if asked is not None and self._loop.time() - asked > _PATIENCE * self._heartbeat:
+                self._inbox.fail(f"no answer for {_PATIENCE} heartbeats, though bytes come")
 
     def _silent_since(self, pinged: float) -> tuple[bool, bool]:
         heard = (self._inbox.last_read, self._outbox.last_read)
@@ -74,7 +85,8 @@ class Liveness:
     def _beat(self) -> None:
         self._beats += 1
         token = b"%d" % self._beats
-        self._inbox.ping(b"beat", lambda answered: None)
+        if self._inbox.ping(b"beat", self._on_pong) and self._asked_since is None:
+            self._asked_since = self._loop.time()
         if self._check_role:
             self._outbox.ask(command(b"ROLE"), self._on_role)
         if self._inbox.probe_denied or self._publish_denied:
@@ -97,6 +109,10 @@ class Liveness:
         """A first beat, as soon as both connections are there."""
         self._publish_denied = False
         self._beat()
+
+    def _on_pong(self, answered: bool) -> None:
+        """An answer, or a loss: either way nothing older is outstanding."""
+        self._asked_since = None
 
     def on_probe(self, payload: bytes) -> None:
         """The probe has arrived."""

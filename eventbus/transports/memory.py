@@ -49,7 +49,7 @@ class MemoryTransport:
     """One bus's place in a hub."""
 
     user: str | None = None
-    connecting = ()
+    connecting: tuple[str, ...] = ()
 
     def __init__(self, name: str) -> None:
         self._name = name

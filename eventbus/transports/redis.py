@@ -29,6 +29,8 @@ _SLOW = 30.0
 """Seconds between attempts with credentials that were refused, and between those for denied
 patterns."""
 _MAX_FAILURES = 10
+_MAX_TOLD = 100
+"""Reasons that are told once only, until it is connected again."""
 
 
 class _Keeper:
@@ -43,7 +45,10 @@ class _Keeper:
         lost: Callable[[str], None],
         failed: Callable[[BaseException], None],
         connected: asyncio.Event,
+        limit: int,
     ) -> None:
+        self._limit = limit
+        self._told: set[str] = set()
         self._connected = connected
         self.role = role
         self._endpoint = endpoint
@@ -67,19 +72,27 @@ class _Keeper:
                 was_up = True
             except Exception as error:
                 text, _ = describe_error(error)
-                if self.reason != text:
+                if text not in self._told:
+                    if len(self._told) >= _MAX_TOLD:
+                        self._told.clear()
+                    self._told.add(text)
                     logger.warning("%s %s: %s", self.role, self._endpoint.shown, text)
                 self.reason = text
                 delay = _SLOW if is_hopeless(error) else None
                 self._failed(error)
+            flapping = was_up and loop.time() - started <= 5.0
             failures = 0 if was_up and loop.time() - started > 5.0 else failures + 1
             was_up = False
             if delay is None:
                 delay = backoff.compute(min(failures - 1 if failures else 0, _MAX_FAILURES))
-            await self._pause(delay)
+            await self._pause(delay, alone=flapping)
 
-    async def _pause(self, delay: float) -> None:
-        """Wait before the next attempt; shorter when the other connection finds the server back."""
+    async def _pause(self, delay: float, *, alone: bool) -> None:
+        """Wait before the next attempt; shorter when the other connection finds the server back,
+        but not when a connection just came and went: two that do so would wake each other."""
+        if alone:
+            await asyncio.sleep(delay)
+            return
         self._connected.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(delay):
@@ -88,11 +101,12 @@ class _Keeper:
     async def _live_once(self) -> None:
         """One connection, from its opening to its end. Raises what kept it from opening."""
         connection = await self._endpoint.open()
-        link = self.link = Link(connection, self._pressure)
+        link = self.link = Link(connection, self._pressure, self._limit)
         self._connected.set()
         if self.reason is not None:
             logger.info("%s %s: connected again", self.role, self._endpoint.shown)
         self.reason = None
+        self._told.clear()
         try:
             self._opened(link)
             self.reason = await link.ended
@@ -118,6 +132,7 @@ class RedisTransport:
         self._liveness: Liveness | None = None
         self._connected: asyncio.Future[None] | None = None
         self._time: Callable[[], float] = monotonic  # of the loop, from the start on
+        self._stopped = False
 
     async def start(
         self, sink: Sink, settings: Settings, bus_id: str, number: Callable[[bytes], int]
@@ -148,6 +163,7 @@ class RedisTransport:
             inbox.lost,
             self._on_failure,
             back,
+            settings.max_pending_bytes + settings.max_payload,
         )
         self._publisher = _Keeper(
             "publisher",
@@ -157,6 +173,7 @@ class RedisTransport:
             outbox.lost,
             self._on_failure,
             back,
+            settings.max_pending_bytes + settings.max_payload,
         )
         if settings.heartbeat is not None:
             self._liveness = Liveness(
@@ -165,6 +182,8 @@ class RedisTransport:
         for keeper in (self._subscriber, self._publisher):
             self._tasks.append(loop.create_task(keeper.run(), name="eventbus connection"))
         await self._connected
+        if self._stopped:  # the connections were there before their cancellation reached them
+            raise BusClosed("the bus was stopped while it started")
         if self._liveness is not None:
             self._tasks.append(loop.create_task(self._liveness.run(), name="eventbus heartbeat"))
 
@@ -211,6 +230,7 @@ class RedisTransport:
             self._liveness.on_probe(payload)
 
     async def stop(self) -> None:
+        self._stopped = True
         pending, self._tasks = set(self._tasks), []
         while pending:  # a cancellation in the middle of a connect can be lost in redis-py
             for task in pending:

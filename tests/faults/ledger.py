@@ -2,18 +2,22 @@
 
 `Ledger.publish` notes what a publisher knows (acknowledged, uncertain, refused), `receiver` makes a
 bus that notes what was delivered and what was reported missing, and `verdicts` compares them.
+`balance` is the whole proof for channels that were heard before a loss and again after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from eventbus import BusUnavailable, Event, EventBus, Gap, Message, PublishUncertain
 
 CHANNELS = [f"led:{n}" for n in range(1000)]
 Pair = tuple[str, str]
+PATIENCE = 30.0
+"""Seconds for thousands of messages on a busy machine."""
 
 
 class Entry(Event):
@@ -31,6 +35,7 @@ class Ledger:
         self.acknowledged: Counter[Pair] = Counter()
         self.uncertain: Counter[Pair] = Counter()
         self.refused = 0
+        self.reconnects = 0
         self._numbers: set[tuple[str, str, int]] = set()
         self._changed = asyncio.Event()
 
@@ -46,13 +51,18 @@ class Ledger:
     def tell(self, gap: Gap) -> None:
         if gap.reason == "sequence":
             self.missed[str(gap.source), str(gap.channel)] += gap.missed or 0
+        elif gap.reason == "reconnect":
+            self.reconnects += 1
+            self._changed.set()
 
-    async def publish(self, bus: EventBus, source: str, channels: list[str]) -> None:
+    async def publish(
+        self, bus: EventBus, source: str, channels: list[str], text: str | None = None
+    ) -> None:
         """Publish once on each channel, many at a time, and note what became of each."""
 
         async def one(channel: str) -> None:
             try:
-                await bus.publish(channel, Entry(text=source))
+                await bus.publish(channel, Entry(text=text or source))
             except PublishUncertain:
                 self.uncertain[source, channel] += 1
             except BusUnavailable:
@@ -63,13 +73,34 @@ class Ledger:
         for start in range(0, len(channels), 250):
             await asyncio.gather(*map(one, channels[start : start + 250]))
 
+    async def rounds(
+        self, publishers: Mapping[str, EventBus], channels: list[str], done: Callable[[], bool]
+    ) -> None:
+        """Publish on these channels, all publishers in turn, at least once and until `done`."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                for source, bus in publishers.items():
+                    await self.publish(bus, source, channels)
+                if done():
+                    return
+
+    async def all_heard(self, publishers: Mapping[str, EventBus]) -> list[Pair]:
+        """Publish on all `CHANNELS` until each was heard (again), from every publisher. Returns the
+        pairs: from here on the last numbers are those of the publishers."""
+        pairs = [(source, channel) for source in publishers for channel in CHANNELS]
+        before = {pair: self.last.get(pair) for pair in pairs}
+        await self.rounds(
+            publishers, CHANNELS, lambda: all(self.last.get(p) != before[p] for p in pairs)
+        )
+        return pairs
+
     async def until(self, done: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
             while not done():
                 self._changed.clear()
                 await self._changed.wait()
 
-    def verdicts(self, pairs: list[Pair]) -> Counter[str]:
+    def verdicts(self, pairs: Iterable[Pair]) -> Counter[str]:
         """Per pair: do delivered and missed add up to the last number that was heard?"""
         found: Counter[str] = Counter()
         for pair in pairs:
@@ -80,10 +111,34 @@ class Ledger:
             found["outside the bounds"] += not self.acknowledged[pair] <= sum_ <= most
         return found
 
+    def balance(self, pairs: list[Pair]) -> None:
+        """Assert of pairs that were heard before and after, once the receiver has drained: what was
+        delivered and what was missed is the last number, nothing came twice, and no more and no
+        less is accounted for than the publishers know of."""
+        found = self.verdicts(pairs)
+        assert found == {"exact": len(pairs), "outside the bounds": 0}, self._wrong(pairs)
+        assert self.twice == 0, self.sums()
 
-def receiver(url: str, ledger: Ledger) -> EventBus:
+    def _wrong(self, pairs: list[Pair]) -> str:
+        """The pairs that do not balance, some of them, with their figures."""
+        wrong = [pair for pair in pairs if self.verdicts([pair])["exact"] != 1]
+        wrong += [pair for pair in pairs if self.verdicts([pair])["outside the bounds"]]
+        figures = ("delivered", "missed", "last", "acknowledged", "uncertain")
+        shown = [{name: getattr(self, name)[pair] for name in figures} for pair in wrong[:5]]
+        return f"{len(wrong)} of {len(pairs)} pairs: {shown}; in all {self.sums()}"
+
+    def sums(self) -> str:
+        """One line of the totals, for `say`."""
+        return (
+            f"{sum(self.delivered.values())} delivered, {sum(self.missed.values())} missing,"
+            f" {sum(self.uncertain.values())} uncertain, {self.refused} refused,"
+            f" {self.twice} twice"
+        )
+
+
+def receiver(url: str, ledger: Ledger, **settings: Any) -> EventBus:
     """A bus that keeps the ledger."""
-    bus = EventBus(url, heartbeat=0.5, publish_timeout=0.5)
+    bus = EventBus(url, **{"heartbeat": 0.5, "publish_timeout": 0.5, **settings})
 
     @bus.on("led:*", max_queue=1_000_000)
     async def keep(message: Message[Entry]) -> None:

@@ -115,16 +115,19 @@ def beats_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def scenarios(tests: Path) -> dict[int, list[str]]:
-    """The tests that carry each number of the catalogue."""
+    """The tests (or files) that carry each number of the catalogue."""
     found: dict[int, list[str]] = defaultdict(list)
     for path in sorted(tests.rglob("test_*.py")):
+        file = str(path.relative_to(tests.parent))
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            for mark in node.decorator_list:
+            name, marks = file, []
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name, marks = f"{file}::{node.name}", node.decorator_list
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+                marks = [node.value]
+            for mark in marks:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.scenario":
                     for number in mark.args:
-                        name = f"{path.relative_to(tests.parent)}::{node.name}"
                         found[ast.literal_eval(number)].append(name)
     return dict(sorted(found.items()))
 
