@@ -405,6 +405,16 @@ class EventBus(Declarations):
             handlers=receiver.handler_stats(),
         )
 
+    @property
+    def namespace(self) -> str:
+        """What goes before every name on the wire, with a colon after it; empty: nothing."""
+        return self._settings.namespace
+
+    @property
+    def source(self) -> str | None:
+        """The `source` of what this start publishes; None when the bus is not running."""
+        return None if self._run is None else self._run.publisher.source
+
     def redis(self) -> Any:
         """A redis-py client from the same URL and options, closed with the bus."""
         return self._here().redis()

@@ -89,7 +89,7 @@ class Publisher:
         self._transport = transport
         self._reports = reports
         self._middleware = tuple(middleware)
-        self._source = source
+        self.source = source
         self._instance = instance
         self._prefix = settings.prefix
         self._bare = settings.bare
@@ -211,7 +211,7 @@ class Publisher:
         """What is the same for every event of a class."""
         if len(self._kinds) >= _MAX_CHANNELS:
             self._kinds.clear()
-        head = write_head(self._source, cls.__event_type__)
+        head = write_head(self.source, cls.__event_type__)
         kind = self._kinds[cls] = _Kind(event_writer(cls), *head)
         return kind
 
@@ -223,7 +223,7 @@ class Publisher:
             event,
             channel,
             id=self._next_id(),
-            source=self._source,
+            source=self.source,
             type=type(event).__event_type__,
             time=now.replace(microsecond=now.microsecond // 1000 * 1000),  # as on the wire
         )
@@ -266,7 +266,7 @@ class Publisher:
         known = self.unwatched.pop(outgoing, None)
         if known is not None and isinstance(outcome, Exception):
             self.failed += 1
-            message = Message(known[1], known[0], id=outgoing.id, source=self._source)
+            message = Message(known[1], known[0], id=outgoing.id, source=self.source)
             self._keep(self._loop.create_task(self._report(outcome, message)))
 
     async def _report(self, error: Exception, message: Message[Any]) -> None:

@@ -153,6 +153,5 @@ def receiver(url: str, ledger: Ledger, **settings: Any) -> EventBus:
 
 def source_of(bus: EventBus) -> str:
     """The source of what a bus publishes, as its receivers see it."""
-    run = bus._run
-    assert run is not None
-    return run.publisher._source
+    assert bus.source is not None
+    return bus.source

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import count
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -23,6 +24,8 @@ HEARTBEAT = 1.0
 RATE = 250.0
 """Messages a second."""
 _TICK = 0.01
+_LOOK = 5
+"""Ticks between two looks at what the library says of itself."""
 
 
 class Notes:
@@ -250,11 +253,11 @@ class Process:
 
     async def watch(self) -> None:
         """How late the loop is, at worst, and what the library says of itself."""
-        while True:
+        for tick in count():
             before = time.monotonic()
             await asyncio.sleep(_TICK)
             self._notes.lag = max(self._notes.lag, time.monotonic() - before - _TICK)
-            if self._listens:
+            if self._listens and tick % _LOOK == 0:
                 self._look()
 
 
