@@ -13,6 +13,8 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help setup setup-bench setup-faults demo test check coverage faults bench docs clean
 
 bin := $(VENV)/bin/python
+# Most tests wait for a server most of the time: four processes keep two cores busy.
+parallel := -n 4 --dist loadfile
 # A PYTHON that somebody named replaces an environment of another version; the default never does.
 remake := $(if $(filter file,$(origin PYTHON)),,--remake)
 ready = @command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here: install\
@@ -42,7 +44,7 @@ demo: setup
 	@$(bin) -m eventbus.demo $(ARGS)
 
 test: setup
-	@$(bin) -m pytest $(ARGS)
+	@$(bin) -m pytest $(parallel) $(ARGS)
 
 check: setup
 	$(bin) -m ruff check --quiet
@@ -54,7 +56,7 @@ check: setup
 coverage: setup
 	@mkdir -p build
 	@$(bin) -m coverage erase
-	@$(bin) -m coverage run -m pytest $(ARGS)
+	@$(bin) -m coverage run -m pytest $(parallel) $(ARGS)
 	@$(bin) -m coverage combine --quiet
 	@$(bin) -m coverage report
 	@$(bin) -m coverage json --quiet -o build/coverage.json

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -89,6 +90,27 @@ def log() -> Iterator[Lines]:
 def say(pytestconfig: pytest.Config) -> Callable[[str], None]:
     """Print a line after the results of the run, where captured output does not hide it."""
     return pytestconfig.stash.setdefault(_lines, []).append
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its lines over."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["lines"] = session.config.stash.get(_lines, [])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take the lines of the workers, where tests run in several processes."""
+    if config.pluginmanager.hasplugin("dsession"):
+        config.pluginmanager.register(_Collector(config))
+
+
+class _Collector:
+    def __init__(self, config: pytest.Config) -> None:
+        self._lines = config.stash.setdefault(_lines, [])
+
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        self._lines += getattr(node, "workeroutput", {}).get("lines", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -19,8 +19,8 @@ from eventbus._handlers import SKIP, stream_body
 
 T = TypeVar("T")
 
-LIMIT = 5.0
-"""Seconds until a wait has failed. Nothing that works comes near it."""
+LIMIT = 20.0
+"""Seconds until a wait has failed. Nothing that works comes near it, on a busy machine either."""
 TIME = "2024-05-06T07:08:09.000010Z"
 
 
@@ -63,7 +63,7 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
         self._changed.set()
 
-    async def hear(self, text: str, seconds: float = 10.0) -> str:
+    async def hear(self, text: str, seconds: float = LIMIT) -> str:
         """The first line with this text in it, past or to come."""
         async with asyncio.timeout(seconds):
             while True:

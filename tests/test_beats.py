@@ -236,6 +236,36 @@ def test_own_announcements_and_old_ones_change_nothing() -> None:
     assert not model.told.total()
 
 
+def test_a_hole_in_the_announcements_is_asked_about_until_it_is_closed() -> None:
+    """An announcement that did not come leaves what it said unknown, until a whole repetition."""
+    model = Model()
+    model.listen(b"a")
+    model.beat()
+    state = model.listener._sources[SOURCE]
+    for channel in (b"a", b"b"):
+        model.away = channel == b"a"
+        model.publish(channel)
+        model.beat()
+    assert model.listener.must_ask
+    assert (state.upto, state.run, state.last) == (1, 3, 3)
+    model.settle()
+    assert state.upto == state.last
+    assert model.told == {b"a": 1}
+
+
+def test_a_repetition_names_no_channel_that_was_forgotten_meanwhile() -> None:
+    """A source repeats what it remembers when the turn comes."""
+    announcer = Announcer("s/1", 0, limit=2)
+    for name in (b"a", b"b"):
+        announcer.take(name)
+    announcer.beats()
+    announcer.repeat()
+    for n in range(4):
+        announcer.take(b"c%d" % n)
+    said = [channel for beat in announcer.beats() for channel in beat.last]
+    assert b"a" not in said
+
+
 def test_sources_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of sources is bounded: the one not heard for longest goes."""
     monkeypatch.setattr("eventbus._beats._MAX_SOURCES", 3)

@@ -141,3 +141,31 @@ def test_the_default_limit() -> None:
     for number in range(LIMIT):
         outbound.take(b"%d" % number)
     assert len(outbound._old) + len(outbound._young) == LIMIT == 65_536
+
+
+def test_an_announced_number_is_compared_and_remembered() -> None:
+    """What a source says was its last number is a loss where more is known to be missing, a
+    baseline where nothing is known, and nothing on a channel that is not heard."""
+
+    def announced(channel: bytes, number: int, hears: bool = True) -> int:
+        return inbound.announced(
+            channel, b"s", number, everything=False, hears=lambda channel: hears
+        )
+
+    inbound = Inbound()
+    inbound.hear(b"c", b"s", 3)
+    assert announced(b"c", 5) == 2
+    assert announced(b"c", 5) == announced(b"c", 4) == 0
+    assert announced(b"d", 9) == 0
+    assert inbound.hear(b"d", b"s", 11) == 1
+    assert announced(b"e", 9, hears=False) == 0
+    assert len(inbound) == 2
+
+
+def test_what_came_before_the_first_one_has_a_bound() -> None:
+    """The oldest of too many beginnings is forgotten."""
+    inbound = Inbound(limit=4)
+    inbound.firsts = {}
+    for n in range(3):
+        inbound.hear(b"c%d" % n, b"s", 5)
+    assert list(inbound.firsts.values()) == [4, 4]
