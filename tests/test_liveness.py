@@ -256,6 +256,7 @@ async def test_a_subscriber_whose_requests_are_lost_is_noticed(
             pair.mode = "up_hole"
             attaching = asyncio.create_task(bus.attach(handler, "late:*"))
             try:
+                await log.hear("messages come, answers do not")
                 await soon(gaps.reach(1), 6)
                 await soon(attaching, PATIENCE)
             finally:

@@ -5,8 +5,10 @@ own channel is published; when Redis has acknowledged it, it lies in the subscri
 PONG to a PING sent then must come after it. A PONG without the probe before it proves that
 publisher and subscriber are connected to different nodes.
 
-Bytes may go on while no answer comes: a stream out of step swallows it, or the requests are lost.
-A PING that has none for ten heartbeats ends the subscriber too.
+Bytes may go on while no answer comes. When a probe arrives that was published a heartbeat after a
+PING, and the PONG is not before it, what the subscriber says is lost on the way. When no probe
+arrives either (a stream out of step swallows it), a PING without an answer for ten heartbeats ends
+the subscriber: less would take a slow link for a dead one.
 
 A connection is dead when a whole heartbeat brought no byte after a PING, and one more read of the
 socket brings none either (a blocked loop must not pass for a dead server).
@@ -24,7 +26,9 @@ from eventbus.transports._inbox import Inbox
 from eventbus.transports._outbox import Outbox, command
 
 _PATIENCE = 10
-"""Heartbeats for an answer that is behind others: less would take a slow link for a dead one."""
+"""Heartbeats for an answer that may be behind others."""
+_MAX_PROBES = 100
+"""Probes on their way whose time is remembered."""
 
 
 class Liveness:
@@ -48,6 +52,8 @@ class Liveness:
         self._beats = 0
         self._seen = b""
         self._publish_denied = False
+        self._started: dict[bytes, float] = {}
+        """When the probes were published that have not arrived."""
         self._asked_since: float | None = None
         """When the oldest PING was sent that has no answer yet."""
         self.round_trip: float | None = None
@@ -96,6 +102,9 @@ class Liveness:
             self._outbox.ask(command(b"PING"), lambda reply: None)
         else:
             started, connection = self._loop.time(), self._inbox.connections
+            if len(self._started) >= _MAX_PROBES:
+                self._started.clear()
+            self._started[token] = started
 
             def published(reply: Any) -> None:
                 if isinstance(reply, int) and connection == self._inbox.connections:
@@ -117,6 +126,9 @@ class Liveness:
     def on_probe(self, payload: bytes) -> None:
         """The probe has arrived."""
         self._seen = payload
+        started, asked = self._started.pop(payload, None), self._asked_since
+        if started is not None and asked is not None and asked <= started - 0.9 * self._heartbeat:
+            self._inbox.fail("what the subscriber asks for is lost: messages come, answers do not")
 
     def _judge(self, answered: bool, token: bytes, started: float) -> None:
         if not answered:
