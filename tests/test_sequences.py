@@ -159,7 +159,11 @@ def test_an_announced_number_is_compared_and_remembered() -> None:
     assert announced(b"d", 9) == 0
     assert inbound.hear(b"d", b"s", 11) == 1
     assert announced(b"e", 9, hears=False) == 0
-    assert len(inbound) == 2
+    inbound.firsts = {}
+    inbound.hear(b"f", b"s", 3)
+    assert inbound.announced(b"f", b"s", 4, everything=True, hears=bool) == 1 + 2
+    assert inbound.announced(b"g", b"s", 4, everything=True, hears=bool) == 4
+    assert len(inbound) == 4
 
 
 def test_what_came_before_the_first_one_has_a_bound() -> None:
