@@ -63,7 +63,7 @@ coverage: setup
 	@$(bin) .ci/gates.py coverage build/coverage.json
 
 faults: setup-faults
-	@$(bin) -m pytest -m long --timeout 900 $(ARGS)
+	@$(bin) -m pytest -m long --timeout 900 -n 2 --dist loadfile $(ARGS)
 	@$(bin) -m tests.faults.campaign
 
 bench: setup-bench
