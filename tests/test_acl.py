@@ -52,16 +52,15 @@ async def admin(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
 async def grant(admin: Any, rules: tuple[str, ...], **settings: Any) -> tuple[EventBus, Seen[str]]:
     """A bus whose user has these rules and no others."""
     await admin.execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *rules)
-    await admin.execute_command("ACL", "LOG", "RESET")
+    await admin.acl_log_reset()
     port = admin.connection_pool.connection_kwargs["port"]
     return build(f"redis://app:secret@localhost:{port}", **settings)
 
 
 async def denials(admin: Any) -> set[str]:
     """What the server has denied. Libraries name themselves at connect, which nobody needs."""
-    found = await admin.execute_command("ACL", "LOG")
-    names = {entry[b"object"] if b"object" in entry else entry["object"] for entry in found}
-    return {name.decode() if isinstance(name, bytes) else name for name in names} - {
+    found = {entry["object"] for entry in await admin.acl_log()}
+    return {name.decode() if isinstance(name, bytes) else name for name in found} - {
         "client|setinfo"
     }
 
