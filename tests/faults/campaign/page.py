@@ -9,6 +9,7 @@ import ast
 import os
 import platform
 import re
+import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import cores, server_version
+from benchmarks.report import cores
+from eventbus.server import find_binary
 from tests.faults.campaign.stage import Figures
 from tests.faults.campaign.subjects import HEARTBEAT, RATE
 
@@ -48,6 +50,14 @@ def machine() -> dict[str, Any]:
             **{package: version(package) for package in PACKAGES},
         },
     }
+
+
+def server_version() -> str:
+    """Such as `Valkey 9.1.2`: what the controller starts."""
+    command = [find_binary(), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    found = re.search(r"(redis|valkey).*?v=([\d.]+)", said, re.IGNORECASE)
+    return f"{found[1].capitalize()} {found[2]}" if found else said.strip()
 
 
 def line(figures: Figures) -> str:
