@@ -99,18 +99,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         output["lines"] = session.config.stash.get(_lines, [])
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Take the lines of the workers, where tests run in several processes."""
-    if config.pluginmanager.hasplugin("dsession"):
-        config.pluginmanager.register(_Collector(config))
-
-
-class _Collector:
-    def __init__(self, config: pytest.Config) -> None:
-        self._lines = config.stash.setdefault(_lines, [])
-
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        self._lines += getattr(node, "workeroutput", {}).get("lines", [])
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take the lines of a worker that has ended."""
+    lines = node.config.stash.setdefault(_lines, [])
+    lines += getattr(node, "workeroutput", {}).get("lines", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
