@@ -196,8 +196,8 @@ async def test_fifty_buses_do_not_come_back_in_one_step(
 
 
 def shuffled(pairs: list[Pair]) -> float:
-    """How far the first attempts of all are from the order of their names: 0.5 is chance, and 0 what
-    no jitter would give; a machine that takes longer than the first pause (50 ms) is in between."""
+    """How far the first attempts are from the order of their names: 0.5 is chance, 0 what no jitter
+    gives; a machine that takes longer than the first pause (50 ms) is in between."""
     names = list(dict.fromkeys(bytes(pair.said).partition(b"bus-")[2][:2] for pair in pairs))
     swaps = [a > b for n, a in enumerate(names) for b in names[n + 1 :]]
     return sum(swaps) / len(swaps)
