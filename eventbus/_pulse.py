@@ -14,6 +14,7 @@ import orjson
 
 from eventbus._beats import Announcer, Beat, Listener
 from eventbus._errors import EventBusError
+from eventbus._reports import logger
 from eventbus._settings import Settings
 from eventbus.transports.base import BEAT, Outcome, Outgoing, Transport
 
@@ -37,6 +38,7 @@ class Pulse:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._warned = False
         self._pending: set[asyncio.Future[int | None]] = set()
 
     def tick(self) -> None:
@@ -53,6 +55,11 @@ class Pulse:
             announcer.repeat()
         for beat in announcer.beats():
             self._publish(beat.payload, beat)
+        if announcer.unannounced and not self._warned:
+            self._warned = True
+            logger.warning(
+                "more channels change than a beat can tell of: some losses stay uncounted"
+            )
 
     def _publish(self, payload: bytes, beat: Beat | None) -> None:
         outgoing = Outgoing(self._channel, payload, b"", False, None, self)

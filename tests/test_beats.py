@@ -473,6 +473,22 @@ def test_the_beat_needs_a_heartbeat() -> None:
         EventBus("memory://x", beat=True, heartbeat=None)
 
 
+async def test_too_many_changes_are_said_once(server: Server, log: Any) -> None:
+    """A source that forgets changes before their turn says so in the log."""
+    async with EventBus(server.url, heartbeat=0.05, beat=True) as bus:
+        pulse = bus._run and bus._run._pulse
+        assert pulse is not None
+        pulse._announcer._limit = 2
+        for n in range(4):
+            await bus.publish(f"many:{n}", Text(text="x"))
+        await log.hear("more channels change")
+        beats = pulse._announcer._index
+        async with asyncio.timeout(20):
+            while pulse._announcer._index < beats + 2:
+                await bus.publish("many:0", Text(text="x"))
+    assert sum("more channels change" in line for line in log.lines) == 1
+
+
 async def test_a_denied_beat_is_said_once(say: Callable[[str], None], log: Any) -> None:
     """A user who may not subscribe to the channel of the beats is told so in the log."""
     with Server(port=0) as server:

@@ -119,7 +119,7 @@ def beats_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {row['channels']:,} | {row['announced']:,} | {row['bytes']:,}"
             f" | {row['source_ms']:.1f} ms | {row['receiver_ms']:.1f} ms"
             f" | {row['slowest_ms']:.1f} ms | {with_['lost']:,} | {with_['told']:,}"
-            f" | {with_['heartbeats']:.0f} | {without['told']:,} |"
+            f" | {with_['heartbeats']:.1f} | {without['told']:,} |"
         )
     return "\n".join(parts) + "\n"
 
