@@ -115,11 +115,12 @@ def beats_table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows:
         with_, without = row["with"], row["without"]
+        after = f"{with_['heartbeats']:.1f}" if with_["told"] else ""
         parts.append(
             f"| {row['channels']:,} | {row['announced']:,} | {row['bytes']:,}"
             f" | {row['source_ms']:.1f} ms | {row['receiver_ms']:.1f} ms"
             f" | {row['slowest_ms']:.1f} ms | {with_['lost']:,} | {with_['told']:,}"
-            f" | {with_['heartbeats']:.1f} | {without['told']:,} |"
+            f" | {after} | {without['told']:,} |"
         )
     return "\n".join(parts) + "\n"
 
