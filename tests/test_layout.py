@@ -43,7 +43,7 @@ PURE = """
 _errors _patterns _events _messages _codec _envelope _handlers _index _router _sequences _beats _acl
 """.split()
 MAY_PRINT = {"cli", "demo", "server"}
-MAX_LINES = 450
+MAX_LINES, MAX_LEAF_LINES = 450, 350
 
 
 @cache
@@ -158,7 +158,8 @@ def test_every_module_is_readable(name: str) -> None:
 def test_every_module_fits_in_the_head() -> None:
     """No module is longer than the limit."""
     sizes = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
-    assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
+    most = {name: MAX_LEAF_LINES if name in LEAFS else MAX_LINES for name in sizes}
+    assert {name: size for name, size in sizes.items() if size > most[name]} == {}
 
 
 def test_all_is_what_is_public() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, Self
@@ -15,10 +15,10 @@ import orjson
 from eventbus import BusClosed, Event, EventBus, EventBusError, Gap, InvalidChannel, Route, escape
 from eventbus.rooms.clients import Client, Frame, frame_of, names_of
 from eventbus.rooms.interest import Interest
-from eventbus.rooms.peers import Answer, Ask, Peers, Replies, dumps
+from eventbus.rooms.peers import Answer, Ask, Peers, Replies, dumps, tables_of
 
-_IDS, _BYTES = 1000, 200_000
-"""Ids, or bytes of members, in one answer: far from the 1 MiB that a message may have."""
+_IDS = 1000
+"""Ids in one answer: far from the 1 MiB that a message may have."""
 _logger = logging.getLogger("eventbus")
 
 GapHandler = Callable[[Gap, str | None], Awaitable[object]]
@@ -295,7 +295,7 @@ class Hub:
                 dumps({f"{here} {client.id}": (client.id, here, [*client.joined], client.data)})
                 for client in clients
             ]
-            parts = [{"said": said} for said in _joined(members)]
+            parts = [{"said": said} for said in tables_of(members)]
         elif ask.what == "join":
             await self.join(clients, names)
         elif ask.what == "leave":
@@ -338,17 +338,3 @@ class Hub:
                 await handler(Gap("reconnect", None, None, None, None, None, since), room)
             except Exception:
                 _logger.exception("a gap handler of rooms failed")
-
-
-def _joined(tables: Iterable[bytes]) -> Iterator[str]:
-    """JSON objects made one, and another when that gets long."""
-    part: list[bytes] = []
-    size = 0
-    for table in tables:
-        if size + len(table) > _BYTES and part:
-            yield f"{{{b','.join(part).decode()}}}"
-            part, size = [], 0
-        part.append(table[1:-1])
-        size += len(table)
-    if part:
-        yield f"{{{b','.join(part).decode()}}}"

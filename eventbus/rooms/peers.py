@@ -13,7 +13,7 @@ import inspect
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ _PATIENCE = 0.25
 or a monitor that never answers."""
 _REMEMBER = 60.0
 """Seconds for which a silent node is named before it is forgotten: it may only be cut off."""
+_BYTES = 200_000
+"""Bytes of one answer in parts: far from the 1 MiB that a message may have."""
 _AT_A_TIME = 16
 """Questions of other nodes that are worked on at a time, in `Servers.on` handlers."""
 
@@ -52,6 +54,20 @@ def _plain(value: object) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     raise TypeError(f"a {type(value).__name__} has no JSON form")
+
+
+def tables_of(tables: Iterable[bytes]) -> Iterator[str]:
+    """JSON objects made one, and another when that gets long."""
+    part: list[bytes] = []
+    size = 0
+    for table in tables:
+        if size + len(table) > _BYTES and part:
+            yield f"{{{b','.join(part).decode()}}}"
+            part, size = [], 0
+        part.append(table[1:-1])
+        size += len(table)
+    if part:
+        yield f"{{{b','.join(part).decode()}}}"
 
 
 class Ask(Event, type="eventbus.rooms.ask"):
