@@ -368,11 +368,7 @@ class EventBus(Declarations):
         where: Callable[[Message[E]], bool] | None = None,
     ) -> Message[E]:
         """The next message that fits. Raises TimeoutError after `timeout` seconds."""
-        async with asyncio.timeout(timeout), self.subscribe(pattern_or_type, *types) as messages:
-            async for message in messages:
-                if where is None or where(message):
-                    return message
-        raise BusClosed("the bus stopped while a message was expected")
+        return await self.subscribe(pattern_or_type, *types).first(timeout, where)
 
     # -- How it stands -----------------------------------------------------------------------------
 

@@ -297,6 +297,9 @@ def _arguments(channel: object, event: object) -> tuple[str, Event]:
         return channel_of(channel), channel
     if not isinstance(event, Event):
         wrong = channel if event is None and not isinstance(channel, str) else event
+        if isinstance(wrong, type):
+            name = wrong.__name__
+            raise InvalidEvent(f"publish takes an instance, not the class {name}: {name}(...)")
         raise InvalidEvent(
             f"publish takes an Event instance, not {type(wrong).__name__}: declare"
             " `class MyEvent(Event): ...` and publish MyEvent(...), or use publish_raw for bytes"

@@ -13,7 +13,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
-from eventbus._errors import InvalidHandler, InvalidPattern
+from eventbus._errors import BusClosed, InvalidHandler, InvalidPattern
 from eventbus._events import Event, template_of
 from eventbus._handlers import SKIP, CallPlan, names_of_caller, plan_call
 from eventbus._lanes import TURN, Lane, Options, Overflow
@@ -273,6 +273,24 @@ class Messages(Generic[E_co]):
             if event is not SKIP:
                 lane.delivered += 1
                 return dispatcher.message(item[0], frame, event)
+
+    async def first(
+        self, timeout: float, where: Callable[[Message[E_co]], bool] | None
+    ) -> Message[E_co]:
+        """Enter, and leave with the first message that fits; see `EventBus.expect`."""
+        timer = asyncio.timeout(timeout)
+        try:
+            async with timer, self:
+                async for message in self:
+                    if where is None or where(message):
+                        return message
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            what = ", ".join(pattern.text for pattern in self._patterns)
+            fits = "" if where is None else " that `where` takes"
+            raise TimeoutError(f"no message for {what!a}{fits} came within {timeout} s") from None
+        raise BusClosed("the bus stopped while a message was expected")
 
     def _entered(self) -> Lane:
         if self._lane is None:

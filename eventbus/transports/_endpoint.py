@@ -93,8 +93,9 @@ class Endpoint:
         """The address, without a secret."""
         self.user: str | None = options.get("username")
         self.is_sentinel = sentinels is not None
-        needs = {"+role": True, "+select": options.get("db")}
-        needs["+client|setname"] = options.get("client_name")
+        self.database: int = options.get("db") or 0
+        needs = {"+role": True, "+select": self.database != 0}
+        needs["+client|setname"] = bool(options.get("client_name"))
         self.connecting = tuple(rule for rule, needed in needs.items() if needed)
         """The ACL rules that opening and keeping a connection needs, beside PING."""
         self._class = connection_class
@@ -133,6 +134,11 @@ class Endpoint:
     async def _connect(self, connection: Any) -> None:
         try:
             await connection.connect()
+        except ResponseError as error:
+            if "DB index" not in str(error):
+                raise
+            hint = f"{error}: leave the database number out, Pub/Sub has no databases"
+            raise ResponseError(hint) from error
         except RedisTimeoutError as error:
             if not isinstance(connection, SSLConnection):
                 raise
@@ -222,7 +228,7 @@ def endpoint_of_url(url: str, options: Mapping[str, Any]) -> Endpoint:
     except ValueError:
         raise EventBusError(
             f"the {scheme}:// URL cannot be read; special characters of a password must be percent"
-            "-encoded ('#' as %23, '/' as %2F, '?' as %3F, '@' as %40)"
+            "-encoded ('#' as %23, '/' as %2F, '?' as %3F, '@' as %40), and a port is a number"
         ) from None
     found |= options
     connection_class = found.pop("connection_class", Connection)

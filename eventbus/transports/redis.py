@@ -141,6 +141,13 @@ class RedisTransport:
         a certificate that is not good; otherwise tries until it is cancelled."""
         loop = asyncio.get_running_loop()
         self._time = loop.time
+        if self._endpoint.database and not settings.namespace:
+            logger.warning(
+                "%s: database %d keeps nothing apart in Pub/Sub: buses on other numbers hear this"
+                " one too; EventBus(..., namespace=...) does",
+                self._endpoint.shown,
+                self._endpoint.database,
+            )
         prefix = settings.prefix.encode()
         probe = prefix + PROBE_PREFIX + bus_id.encode()
         self._connected = loop.create_future()
@@ -211,7 +218,7 @@ class RedisTransport:
         if self._connected is None or self._connected.done() or not is_hopeless(error):
             return
         text, refused = describe_error(error)
-        user = self.user or "default"
+        text, user = text.rstrip("."), self.user or "default"
         if refused:
             self._connected.set_exception(
                 PermissionDenied(
