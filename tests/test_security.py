@@ -715,7 +715,8 @@ def test_a_danger_is_found(source: str) -> None:
 
 
 def test_no_data_becomes_code() -> None:
-    """No module of the package unpickles, evaluates, or imports by a name that it was given."""
-    modules = sorted(PACKAGE.rglob("*.py"))
+    """No module of the package unpickles, evaluates, or imports by a name that it was given (the
+    command line alone imports the module that its user names)."""
+    modules = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "cli" / "apps.py"})
     assert len(modules) > 20
     assert {str(m): d for m in modules if (d := dangers(m.read_text(encoding="utf-8")))} == {}

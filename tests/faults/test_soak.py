@@ -45,7 +45,8 @@ OUR_ROOM = 128 * 1024
 """The same for what was allocated by the lines of the package, which has bounded caches too."""
 REMEMBERED = 400
 """Pairs of source and channel that the receiver remembers here, instead of 65,536: every short bus
-is a new source, and the bound must be reached while the caches fill, or it would look like a leak."""
+is a new source, and the bound must be reached while the caches fill, or it would look like a leak.
+"""
 _HERE = os.path.dirname(__file__)  # the memory of the proxy, and of this test, is its own
 Pair = tuple[str, str]
 
