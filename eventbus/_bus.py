@@ -209,22 +209,28 @@ class EventBus(Declarations):
             self._run = None
 
     async def run(self) -> None:
-        """Start, run until SIGTERM or SIGINT, then drain and stop."""
+        """Start, run until SIGTERM or SIGINT, then drain and stop. A signal ends the start, too."""
         loop = asyncio.get_running_loop()
-        over = asyncio.Event()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        async with self:
-            for number in signals:
-                loop.add_signal_handler(number, over.set)
-            run = self._here()
-            waits = [asyncio.ensure_future(event.wait()) for event in (over, run.ended)]
-            try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-                for number in signals:
-                    loop.remove_signal_handler(number)
+        over, signals = asyncio.Event(), (signal.SIGTERM, signal.SIGINT)
+        for number in signals:  # before the start: process 1 of a container has no other answer
+            loop.add_signal_handler(number, over.set)
+        starting = asyncio.ensure_future(self.start())
+        waits = [starting, asyncio.ensure_future(over.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                waits.append(asyncio.ensure_future(self._here().ended.wait()))
+                await asyncio.wait(waits[1:], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for number in signals:  # a second signal does not wait for the drain
+                loop.remove_signal_handler(number)
+            ours = not starting.done() or starting.cancelled() or starting.exception() is None
+            for wait in waits:
+                wait.cancel()
+            if ours:  # else another task's start was met, or ours has cleaned up
+                await self.stop()
+            await asyncio.wait(waits)
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncGenerator[None, None]:

@@ -67,6 +67,7 @@ class Receiver:
         self.since = datetime.now(UTC)
         """The last byte before the latest loss of the connection, or the start."""
         self._gone: Counter[str] = Counter()
+        self._leaving: set[Lane] = set()  # their counts are not in `_gone` yet
         self._names: dict[str, int] = {}  # the last number of names given out twice
         self._bus = bus
         self._reports = reports
@@ -124,8 +125,10 @@ class Receiver:
 
     async def forget(self, lane: Lane, caller: Callable[[list[Command]], None]) -> None:
         """The route is gone: nothing more is put into its lane, what runs is cancelled."""
-        if self.lanes.pop(lane.name, None) is None:
+        if lane.name not in self.lanes:
             return
+        self._leaving.add(lane)
+        del self.lanes[lane.name]
         lane.closed = True
         caller(self.discard(lane, list(lane.patterns)))
         try:
@@ -133,6 +136,7 @@ class Receiver:
         finally:  # what it counted stays counted, also when the caller is cancelled here
             for counter in ("delivered", "dropped", "failed", "skipped", "conflated"):
                 self._gone[counter] += getattr(lane, counter)
+            self._leaving.discard(lane)
 
     async def settled(self, patterns: Sequence[Pattern]) -> list[Pattern]:
         """Wait until the server confirmed or denied each pattern; returns the denied ones."""
@@ -433,9 +437,10 @@ class Receiver:
 
     def handler_stats(self) -> dict[str, HandlerStats]:
         """The lanes as they stand, by handler name."""
-        return {name: lane.stats() for name, lane in self.lanes.items()}
+        return {name: lane.stats() for name, lane in list(self.lanes.items())}
 
     def total(self, counter: str) -> int:
         """A lane counter summed over all lanes, those of routes that are gone included."""
-        living: int = sum(getattr(lane, counter) for lane in self.lanes.values())
+        lanes = {*self.lanes.values(), *self._leaving}  # a copy: a scrape reads in another thread
+        living: int = sum(getattr(lane, counter) for lane in lanes)
         return living + self._gone[counter]

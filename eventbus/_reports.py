@@ -1,6 +1,7 @@
 """Where trouble goes that no caller waits for: the exception handlers, or else the log.
 
-Names in the log are escaped and payloads are never logged.
+Names in the log are escaped and payloads are never logged. What a line says of a handler it has as
+fields, too (`fields_of`), for formatters that write JSON.
 """
 
 from __future__ import annotations
@@ -38,6 +39,17 @@ def quoted(reply: object, limit: int = 200) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
 
 
+def fields_of(message: Message[Any], handler: str, error: BaseException) -> dict[str, str | None]:
+    """The `extra` of a line about one call: where it happened, and the class of the error."""
+    return {
+        "handler": handler,
+        "channel": shown(message.channel)[1:-1],
+        "pattern": message.pattern,
+        "id": None if message.id is None else shown(message.id)[1:-1],
+        "error": type(error).__name__,
+    }
+
+
 def was_cancelled(error: BaseException) -> bool:
     """Whether this is the cancellation of the task that runs here, and not one that the user's code
     raised by itself."""
@@ -65,7 +77,9 @@ async def finish(tasks: set[asyncio.Task[Any]], name: str) -> None:
     if tasks:
         _, left = await asyncio.wait(tasks, timeout=_PATIENCE)
         if left:
-            logger.error("handler %r does not end although it was cancelled", name)
+            logger.error(
+                "handler %r does not end although it was cancelled", name, extra={"handler": name}
+            )
 
 
 class Reports:
@@ -88,14 +102,30 @@ class Reports:
                     if was_cancelled(failure) and not was_cancelled(error):
                         raise
                     logger.exception(
-                        "exception handler %r failed for %s", name_of(fn), type(error).__name__
+                        "exception handler %r failed for %s",
+                        name_of(fn),
+                        type(error).__name__,
+                        extra=fields_of(message, handler, error),
                     )
                 return
+        extra = fields_of(message, handler, error)
         if isinstance(error, InvalidEvent):
-            logger.error("invalid event on channel %s: %s", shown(message.channel), error)
+            logger.error(
+                "invalid event on channel %s: %s", shown(message.channel), error, extra=extra
+            )
         elif isinstance(error, TimeoutError) and error.args:
-            logger.error("handler %r on channel %s: %s", handler, shown(message.channel), error)
+            logger.error(
+                "handler %r on channel %s: %s",
+                handler,
+                shown(message.channel),
+                error,
+                extra=extra,
+            )
         else:
             logger.error(
-                "handler %r failed on channel %s", handler, shown(message.channel), exc_info=error
+                "handler %r failed on channel %s",
+                handler,
+                shown(message.channel),
+                exc_info=error,
+                extra=extra,
             )

@@ -343,8 +343,8 @@ class Run:
     def health(self) -> Health:
         """See `EventBus.health`."""
         status, router = self.transport.status(), self.receiver.router
-        live = tuple(decode_name(item.name) for item in router.live)
-        denied = tuple(decode_name(item.name) for item in router.denied)
+        live = tuple(decode_name(item.name) for item in list(router.live))
+        denied = tuple(decode_name(item.name) for item in list(router.denied))
         state: State = "live"
         reason = None
         if self._pid != os.getpid():

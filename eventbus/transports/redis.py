@@ -58,12 +58,18 @@ class _Keeper:
         self._failed = failed
         self.link: Link | None = None
         self.reason: str | None = None
+        self._down = 0.0  # since when, by the clock of the loop
+
+    def _fields(self, reason: str | None) -> dict[str, str | None]:
+        """The `extra` of a line about this connection."""
+        return {"role": self.role, "endpoint": self._endpoint.shown, "reason": reason}
 
     async def run(self) -> None:
         backoff = FullJitterBackoff(cap=5.0, base=0.05)
         loop = asyncio.get_running_loop()
         failures = 0
         was_up = False
+        self._down = loop.time()
         while True:
             started = loop.time()
             delay = None
@@ -76,7 +82,13 @@ class _Keeper:
                     if len(self._told) >= _MAX_TOLD:
                         self._told.clear()
                     self._told.add(text)
-                    logger.warning("%s %s: %s", self.role, self._endpoint.shown, text)
+                    logger.warning(
+                        "%s %s: %s",
+                        self.role,
+                        self._endpoint.shown,
+                        text,
+                        extra=self._fields(text),
+                    )
                 self.reason = text
                 delay = _SLOW if is_hopeless(error) else None
                 self._failed(error)
@@ -104,7 +116,13 @@ class _Keeper:
         link = self.link = Link(connection, self._pressure, self._limit)
         self._connected.set()
         if self.reason is not None:
-            logger.info("%s %s: connected again", self.role, self._endpoint.shown)
+            waited = round(asyncio.get_running_loop().time() - self._down, 3)
+            logger.info(
+                "%s %s: connected again",
+                self.role,
+                self._endpoint.shown,
+                extra={**self._fields(self.reason), "waited": waited},
+            )
         self.reason = None
         self._told.clear()
         try:
@@ -113,8 +131,15 @@ class _Keeper:
         finally:
             self.link = None
             link.close()
+            self._down = asyncio.get_running_loop().time()
             self._lost(self.reason or "closed")
-        logger.warning("%s %s: %s; reconnecting", self.role, self._endpoint.shown, self.reason)
+        logger.warning(
+            "%s %s: %s; reconnecting",
+            self.role,
+            self._endpoint.shown,
+            self.reason,
+            extra=self._fields(self.reason),
+        )
 
 
 class RedisTransport:

@@ -329,6 +329,42 @@ def test_second_signal(program: Any, server: Server, admin: redis.Redis) -> None
     assert process.returncode == -signal.SIGTERM
 
 
+STARTING = """
+import asyncio
+from eventbus import EventBus
+bus = EventBus("redis://127.0.0.1:1", connect_timeout=60)
+async def main():
+    running = asyncio.ensure_future(bus.run())
+    while bus.health().state != "starting":
+        await asyncio.sleep(0)
+    print("starting", flush=True)
+    await running
+    print(bus.health().state)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.scenario(33)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_start(number: int) -> None:
+    """SIGTERM and SIGINT end a `run` that still waits for Redis, in order, as they do later."""
+    command = [sys.executable, "-W", "error", "-c", STARTING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starting\n"
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, out) == (0, "closed\n")
+
+
+async def test_run_leaves_a_running_bus_alone() -> None:
+    """`run` of a bus that is running already raises, and the bus goes on."""
+    async with EventBus("memory://run") as bus:
+        with pytest.raises(EventBusError, match="running already"):
+            await bus.run()
+        assert bus.health()
+
+
 # Elsewhere
 
 
