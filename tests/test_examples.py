@@ -17,13 +17,14 @@ from eventbus.server import Server, main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```python.*?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 # The blocks of a page are one program, in one namespace and one loop; `await` may stand alone.
 RUNNER = """
-import ast, asyncio, inspect, json, sys
-names = {"__name__": "page"}
+import ast, asyncio, inspect, json, sys, types
+page = sys.modules["page"] = types.ModuleType("page")  # frameworks look a handler's module up
+names = vars(page)
 with asyncio.Runner() as runner:
     for where, source in json.load(sys.stdin):
         code = compile(source, where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
