@@ -268,6 +268,8 @@ class EventBus(Declarations):
             return await begun
         outgoing, future = begun
         try:
+            if future.done():  # dropped or kept: the same
+                await asyncio.sleep(0)
             return Receipt(outgoing.id, await future)
         except asyncio.CancelledError:
             publisher.withdraw(outgoing)
@@ -278,11 +280,8 @@ class EventBus(Declarations):
     @overload
     def publish_nowait(self, event: Event, /) -> str: ...
     def publish_nowait(self, channel: Any, event: Any = None, /) -> str:
-        """Publish without waiting; returns the id of the event.
-
-        Raises at once what is known at once; later failures are counted and reported to the
-        exception handlers.
-        """
+        """Publish without waiting; returns the id. Raises at once what is known at once; later
+        failures are counted and reported to the exception handlers."""
         return self._here().publisher.publish_nowait(channel, event)
 
     async def publish_raw(self, channel: str, data: bytes) -> Receipt:

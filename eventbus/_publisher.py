@@ -119,8 +119,14 @@ class Publisher:
     async def _sent(self, outgoing: Outgoing) -> int | None:
         future: asyncio.Future[int | None] = self._loop.create_future()
         outgoing.future = future
-        self._hand_over(outgoing)
         try:
+            self._hand_over(outgoing)
+        except BusUnavailable:
+            await asyncio.sleep(0)  # as `EventBus.publish`
+            raise
+        try:
+            if future.done():
+                await asyncio.sleep(0)
             return await future
         except asyncio.CancelledError:
             self.withdraw(outgoing)

@@ -6,6 +6,7 @@ Each test has a server of its own. Waits are for what the bus says: gaps, log li
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -645,3 +646,35 @@ def test_server_files_are_in_the_test_folder(tmp_path: Path) -> None:
     with Server(tmp_path / "s") as server:
         assert server.socket_path is not None
     assert not Path(server.socket_path).exists()
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["publish", "publish_raw"])
+@pytest.mark.parametrize("outage", ["fail", "drop", Buffer(max_events=10)], ids=str)
+async def test_a_publisher_that_tries_again_lets_the_loop_run(
+    server: Server, outage: Any, raw: bool
+) -> None:
+    """Who publishes again and again while Redis is away does not keep other tasks waiting."""
+    settings: dict[str, Any] = {"publish_timeout": 0.2, "heartbeat": None, "outage": outage}
+    async with EventBus(server.url, **settings) as bus:
+
+        async def publish() -> None:
+            with contextlib.suppress(BusUnavailable, PublishUncertain):
+                await (bus.publish_raw("x", b"") if raw else bus.publish(Note(to="a", n=1)))
+
+        server.kill()
+        while bus.health():
+            await checkpoint()
+        await publish()
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await checkpoint()
+
+        task = asyncio.create_task(other())
+        for _ in range(1_000):
+            await publish()
+        task.cancel()
+        assert turns > 10
