@@ -17,7 +17,7 @@ from eventbus._errors import (
 from eventbus._events import Event
 from eventbus._messages import Buffer, Gap, HandlerStats, Health, Message, Receipt, Stats
 from eventbus._patterns import escape
-from eventbus._routes import Messages, Route, Router
+from eventbus._routes import Messages, Route, Router, matches
 
 __all__ = [
     "Acl",
@@ -44,5 +44,6 @@ __all__ = [
     "Router",
     "Stats",
     "escape",
+    "matches",
 ]
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ from eventbus._events import Event, template_of
 from eventbus._handlers import SKIP, CallPlan, names_of_caller, plan_call
 from eventbus._lanes import TURN, Lane, Options, Overflow
 from eventbus._messages import Gap, Message
-from eventbus._patterns import Pattern
+from eventbus._patterns import Pattern, encode_name
 from eventbus._receiver import Receiver
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,6 +42,12 @@ def patterns_of(listed: Sequence[object], prefix: str = "") -> list[Pattern]:
     if not found:
         raise InvalidPattern('name at least one pattern or Event class, as in @bus.on("chat:*")')
     return list(dict.fromkeys(found))
+
+
+def matches(pattern: str, channel: str) -> dict[str, str] | None:
+    """The captures when the pattern matches the channel (empty without captures), else None: what a
+    handler with that pattern would get. Raises InvalidPattern."""
+    return Pattern(pattern).match(encode_name(channel))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,18 @@
-"""Testing a handler: `memory://` has the same patterns and semantics, and needs no server.
+"""Testing a handler: the application's own bus in memory, and what arrived on it.
 
-A handler is still a plain function: call it. To test it with its routing, start a bus in memory.
-
-It prints:
+With pytest the fixtures `bus` and `recorder` do what the blocks here do. It prints:
 
     called directly: ok
     called by the bus: ok
     nothing for other channels: ok
+    after an outage: ok
 """
 
 import asyncio
+from contextlib import suppress
 
-from eventbus import Event, EventBus, Router
+from eventbus import BusUnavailable, Event, EventBus
+from eventbus.testing import away, on_memory, record, settled
 
 
 class OrderPlaced(Event, channel="order:{number}"):
@@ -24,47 +25,57 @@ class DiscountGranted(Event, channel="discount:{number}"):
     percent: int
 
 
-# What is to be tested.
-orders = Router()
+# The application, with its bus where the application is used.
+bus = EventBus("redis://redis.internal:6379", publish_timeout=0.1)
 
 
-@orders.on("order:{number}")
-async def grant(event: OrderPlaced, number: int, bus: EventBus) -> None:
+@bus.on("order:{number}")
+async def grant(event: OrderPlaced, number: int) -> None:
     if event.total >= 100:
         await bus.publish(DiscountGranted(number=number, percent=10))
 
 
 # The tests, as a test runner would call them.
 async def test_directly() -> None:
-    async with EventBus("memory://test-1") as bus, bus.subscribe(DiscountGranted) as granted:
-        await grant(OrderPlaced(number=7, total=100), 7, bus)
-        message = await anext(granted)
-        assert message.event == DiscountGranted(number=7, percent=10)
+    """A handler is still a plain function."""
+    async with on_memory(bus), record(bus) as recorder:
+        await grant(OrderPlaced(number=7, total=100), 7)
+        granted = await recorder.expect(DiscountGranted)
+        assert granted.event == DiscountGranted(number=7, percent=10)
     print("called directly: ok")
 
 
 async def test_by_the_bus() -> None:
-    bus = EventBus("memory://test-2")
-    bus.include_router(orders)
-    async with bus, bus.subscribe(DiscountGranted) as granted:
+    async with on_memory(bus), record(bus) as recorder:
         await bus.publish(OrderPlaced(number=8, total=250))
-        assert (await anext(granted)).event.number == 8
+        granted = await recorder.expect(DiscountGranted, channel="discount:*")
+        assert granted.event.number == 8
     print("called by the bus: ok")
 
 
 async def test_other_channels() -> None:
-    bus = EventBus("memory://test-3")
-    bus.include_router(orders)
-    async with bus:
+    async with on_memory(bus), record(bus) as recorder:
         await bus.publish("orders-of-last-year:8", OrderPlaced(number=8, total=250))
-    assert bus.stats().delivered == 0  # leaving the block waited for every handler
+        await settled(bus)  # nothing waits, no handler runs
+        assert recorder.of(DiscountGranted) == []
     print("nothing for other channels: ok")
+
+
+async def test_an_outage() -> None:
+    async with on_memory(bus), record(bus) as recorder:
+        async with away(bus):
+            with suppress(BusUnavailable):
+                await bus.publish(OrderPlaced(number=9, total=250))
+        await bus.publish(OrderPlaced(number=10, total=250))
+        assert (await recorder.expect(DiscountGranted)).event.number == 10
+    print("after an outage: ok")
 
 
 async def main() -> None:
     await test_directly()
     await test_by_the_bus()
     await test_other_channels()
+    await test_an_outage()
 
 
 asyncio.run(main())
