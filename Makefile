@@ -10,7 +10,8 @@ ARGS ?=
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench setup-faults demo test check coverage faults bench docs clean
+.PHONY: help setup setup-bench setup-faults setup-cluster demo \
+  chat chat-load test check coverage faults cluster package bench docs clean
 
 bin := $(VENV)/bin/python
 # Most tests wait for a server most of the time: four processes keep two cores busy.
@@ -23,10 +24,14 @@ ready = @command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here: 
 
 help:
 	@echo "make demo      three processes, one embedded server, one outage, and the sums"
+	@echo "make chat      a chat in the browser, on three nodes; ctrl-c ends it"
 	@echo "make test      the test suite"
 	@echo "make check     lint, format, types, documentation"
 	@echo "make coverage  the test suite again, measured, and its gates"
 	@echo "make faults    the long fault tests, the fuzzer and the soak; and the tables of docs/reliability.md"
+	@echo "make cluster   the chat in a real browser, and real Socket.IO clients of Node.js"
+	@echo "make chat-load 2,000 clients of the chat, with an outage in the middle"
+	@echo "make package   wheel and sdist, built, and tried in empty environments"
 	@echo "make bench     our speed beside other clients; ARGS=--quick for a short run"
 	@echo "make docs      the documentation, into site/"
 	@echo "make clean     remove the environments and everything that was made"
@@ -40,8 +45,17 @@ setup-bench:
 setup-faults:
 	$(ready) dev bench fuzz
 
+setup-cluster:
+	$(ready) dev cluster
+
 demo: setup
 	@$(bin) -m eventbus.demo $(ARGS)
+
+chat: setup
+	@$(bin) -m examples.chat $(ARGS)
+
+chat-load: setup
+	@$(bin) -m examples.chat.load $(ARGS)
 
 test: setup
 	@$(bin) -m pytest $(parallel) $(ARGS)
@@ -66,8 +80,14 @@ faults: setup-faults
 	@$(bin) -m pytest -m long --timeout 900 -n 2 --dist loadfile $(ARGS)
 	@$(bin) -m tests.faults.campaign
 
+cluster: setup-cluster
+	@$(bin) -m pytest -m cluster --timeout 300 $(ARGS)
+
 bench: setup-bench
 	@$(bin) -m benchmarks $(ARGS)
+
+package: setup
+	@$(bin) .ci/package.py
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(bin) -m mkdocs build --strict --quiet
