@@ -21,17 +21,23 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = {
     "cache": "import eventbus.cache as c, eventbus as e; c.LocalCache(e.EventBus('memory://x'))",
     "chat": "import starlette, uvicorn, websockets",
-    "cli": "import sys; sys.argv = ['eventbus', '--help']; from eventbus.cli import main; main()",
+    "cli": (
+        "import sys; sys.argv = ['eventbus', '--help']; from eventbus.cli import main;"
+        " sys.exit(main())"
+    ),
     "otel": "import eventbus.otel as o, eventbus as e; o.instrument(e.EventBus('memory://x'))",
     "prometheus": "import eventbus.prometheus as p, eventbus as e; p.Collector(e.EventBus('memory://x'))",
     "server": "from eventbus.server import Server; Server(port=0).start().stop()",
-    "socketio": "from eventbus.socketio import Emitter, Manager",
+    "socketio": (
+        "import eventbus.socketio as s, eventbus as e; b = e.EventBus('memory://x');"
+        " s.Emitter(b); s.Manager(b)"
+    ),
 }
 # Never installed by users alone: tools of this tree.
 OURS = {"dev", "bench", "fuzz", "cluster"}
 SILENT = {"chat"}  # the example's packages: nothing of ours imports them
 BARE = """
-import eventbus, eventbus.blocking, eventbus.presence, eventbus.pytest_plugin, eventbus.rooms
+import eventbus, eventbus.blocking, eventbus.presence, eventbus.rooms
 import eventbus.server, eventbus.testing
 assert "site-packages" in eventbus.__file__, eventbus.__file__
 """
