@@ -17,7 +17,7 @@ from eventbus._errors import (
 from eventbus._events import Event
 from eventbus._messages import Buffer, Gap, HandlerStats, Health, Message, Receipt, Stats
 from eventbus._patterns import escape
-from eventbus._routes import Messages, Route, Router, matches
+from eventbus._routes import Messages, Route, RouteInfo, Router, matches
 
 __all__ = [
     "Acl",
@@ -41,6 +41,7 @@ __all__ = [
     "PublishUncertain",
     "Receipt",
     "Route",
+    "RouteInfo",
     "Router",
     "Stats",
     "escape",

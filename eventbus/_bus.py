@@ -43,8 +43,7 @@ class EventBus(Declarations):
 
     `url` says where events travel: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``,
     ``memory://``, ``embedded://``, or an existing ``redis.asyncio.Redis``; default the
-    environment's EVENTBUS_URL, else ``redis://localhost:6379``. All times are seconds, all sizes
-    bytes.
+    environment's EVENTBUS_URL, else ``redis://localhost:6379``. Times are seconds, sizes bytes.
 
     name: begins the `source` of what this bus publishes.
     namespace: goes before every name on the wire; database numbers do not isolate Pub/Sub.
@@ -196,7 +195,6 @@ class EventBus(Declarations):
 
     async def stop(self) -> None:
         """Unsubscribe, let the handlers finish within `drain_timeout`, flush, close. Idempotent.
-
         Inside a handler it does not wait for that handler. When cancelled, it stops waiting for
         handlers, still closes everything, and raises CancelledError then.
         """
@@ -411,6 +409,11 @@ class EventBus(Declarations):
         """What goes before every name on the wire, with a colon after it; empty: nothing."""
         return self._settings.namespace
 
+    def beside(self, **settings: Any) -> EventBus:
+        """A new bus without handlers, to the same place and namespace; `settings` are as here."""
+        same: Any = {"namespace": self.namespace, "redis_options": self._settings.redis_options}
+        return EventBus(self._target, **{**same, **settings})
+
     @property
     def source(self) -> str | None:
         """The `source` of what this start publishes; None when the bus is not running."""
@@ -429,15 +432,13 @@ class EventBus(Declarations):
         """
         listens = [pattern for item in self._declared for pattern in item.patterns]
         if self._run is not None:
-            lanes = self._run.receiver.lanes.values()
-            listens = [pattern for lane in lanes for pattern in lane.patterns]
+            listens = [p for lane in self._run.receiver.lanes.values() for p in lane.patterns]
         prefix = self._settings.prefix
-        internal = f"&{prefix}{PROBE_PREFIX.decode()}*"
         return acl_of(
             listens,
             patterns_of(publishes) if publishes else listens,
             prefix=prefix,
-            internal=None if self._settings.heartbeat is None else internal,
+            internal=f"&{prefix}{PROBE_PREFIX.decode()}*" if self._settings.heartbeat else None,
             connecting=self._connecting,
         )
 

@@ -7,11 +7,11 @@ the handles of `attach` and `subscribe`; they hold no state of their own beside 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar, get_args
 
 from eventbus._errors import BusClosed, InvalidHandler, InvalidPattern
 from eventbus._events import Event, template_of
@@ -61,6 +61,24 @@ class Declaration:
     plan: CallPlan
 
 
+class RouteInfo(NamedTuple):
+    """What one route was declared as: its name in `stats()`, its function, its patterns, the event
+    classes that the function names (none: it takes every type), and whether it is bare."""
+
+    name: str
+    fn: Callable[..., Any]
+    patterns: tuple[str, ...]
+    events: tuple[type[Event], ...]
+    bare: bool
+
+
+def _events_in(annotation: Any) -> Iterator[type[Event]]:
+    if isinstance(annotation, type) and issubclass(annotation, Event):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _events_in(part)
+
+
 @dataclass(frozen=True, slots=True)
 class GapDeclaration:
     """A gap handler that waits for the start of its bus. `listed` is without a prefix."""
@@ -79,6 +97,26 @@ class Declarations:
     def __init__(self) -> None:
         self._declared: list[Declaration] = []
         self._declared_gaps: list[GapDeclaration] = []
+
+    @property
+    def routes(self) -> tuple[RouteInfo, ...]:
+        """The routes that were declared with `on`, in order, those of routers among them."""
+        return tuple(
+            RouteInfo(
+                item.plan.name,
+                item.fn,
+                tuple(pattern.text for pattern in item.patterns),
+                tuple(
+                    dict.fromkeys(
+                        event
+                        for parameter in item.plan.signature.parameters.values()
+                        for event in _events_in(parameter.annotation)
+                    )
+                ),
+                item.plan.body.bare,
+            )
+            for item in self._declared
+        )
 
     def _may_declare(self) -> None:
         """Raise when it is too late."""

@@ -1327,7 +1327,7 @@ async def test_timeout_of_a_thread(url: str, ending: str) -> None:
         await bus.publish("x", Count(n=1))
         await errors.reach(1)
         await fence(bus)
-        assert calls == [0]
+        assert 1 not in calls  # the thread may not even have begun
         assert bus.stats().failed == 1
         go_on.set()
     assert calls == [0, 1]
