@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -65,6 +67,7 @@ async def servers(url: str, count: int = 1, **options: Any) -> AsyncIterator[lis
                 cwd=Path(__file__).parents[2],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                start_new_session=True,
             )
             processes.append(process)
         async with aiohttp.ClientSession() as session:
@@ -82,8 +85,8 @@ async def servers(url: str, count: int = 1, **options: Any) -> AsyncIterator[lis
             await soon(process.wait(), LIMIT)
     finally:
         for process in processes:
-            with suppress(ProcessLookupError):
-                process.kill()
+            with suppress(ProcessLookupError):  # with all that it has forked
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
 
 

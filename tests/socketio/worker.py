@@ -100,7 +100,8 @@ class Stage:
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        print(json.dumps(runner.addresses[0][1]), flush=True)
+        # In one write: two children share the pipe.
+        os.write(sys.stdout.fileno(), b"%d\n" % runner.addresses[0][1])
         await over.wait()
         await self.sio.shutdown()
         await runner.cleanup()
