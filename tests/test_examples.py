@@ -20,6 +20,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```python.*?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
+PRINTED: dict[str, list[str]] = json.loads((ROOT / "tests" / "pages.json").read_text("utf-8"))
+"""What the program of a page prints; what is new each time is `…`."""
+VARYING = re.compile(r"[0-9a-f]{16}|\d{4}-\d\d-\d\d[ T][\d:.]+(Z|\+00:00)?")
+
 # The blocks of a page are one program, in one namespace and one loop; `await` may stand alone.
 RUNNER = """
 import ast, asyncio, inspect, json, sys, types
@@ -90,9 +94,14 @@ def test_page(page: Path, valkey: Server, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # for pages that use embedded://
     found = blocks(page)
     try:
-        run("-c", RUNNER, given=json.dumps(found), EVENTBUS_URL=valkey.url)
+        shown = run("-c", RUNNER, given=json.dumps(found), EVENTBUS_URL=valkey.url)
     finally:
         main(["stop"])
+    name = page.relative_to(ROOT).as_posix()
+    proves = any("assert " in source for _, source in found)
+    assert not found or proves or PRINTED.get(name), f"{name} proves nothing"
+    if name in PRINTED:  # in any order: two handlers may swap lines
+        assert sorted(VARYING.sub("…", shown).splitlines()) == sorted(PRINTED[name])
 
 
 def test_no_block_is_overlooked() -> None:
