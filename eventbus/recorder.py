@@ -118,6 +118,7 @@ class Recorder:
         `wanted` are event classes (none: every type), `channel` is a pattern. Raises AssertionError
         after `within` seconds, with what did arrive: the near misses first.
         """
+        __tracebackhide__ = True  # pytest shows the caller, and what is said at the end
         self._check()
         fits = _matcher(channel)
         why: dict[int, str] = {}  # what kept each arrival from being the one

@@ -5,6 +5,7 @@ It prints what `checks` finds, line by line as it is found, with what to do abou
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from eventbus import BusUnavailable, PermissionDenied
 from eventbus.cli import checks
 from eventbus.cli.apps import load_bus, load_events, open_bus, place
 from eventbus.cli.checks import Finding, Level
+from eventbus.cli.programs import is_running
 from eventbus.cli.terminal import (
     FAILED,
     OK,
@@ -71,8 +73,15 @@ async def doctor(asked: Asked, url: str | None = None, namespace: str | None = N
     events = load_events(list(asked.publishes))
     terminal = Terminal()
     report = Report(terminal)
-    bus = open_bus(url, namespace, app)
     report.add(Finding("info", "client", checks.libraries()))
+    where = url or os.environ.get("EVENTBUS_URL", "") if app is None else url or ""
+    scheme, _, name = where.partition("://")
+    if scheme == "embedded" and not is_running(name or "default"):  # a bus would start it
+        text = f"the embedded server {name or 'default'!r} is not running"
+        start = f"eventbus server start {name}".strip()
+        report.add(Finding("fail", "reachable", text, f"start it: `{start}`"))
+        return UNAVAILABLE
+    bus = open_bus(url, namespace, app)
     began = time.perf_counter()
     try:
         await bus.start()

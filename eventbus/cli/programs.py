@@ -107,6 +107,14 @@ def server(action: Literal["start", "stop", "status"], name: str) -> int:
     return FAILED if code else OK
 
 
+def is_running(name: str) -> bool:
+    """Whether the shared embedded server of this name runs; it is not started by the question."""
+    from eventbus import server as embedded
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return embedded.main(["status", name]) == OK
+
+
 def demo(seconds: float) -> int:
     """Run the demo."""
     from eventbus import demo as play

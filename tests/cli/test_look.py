@@ -63,6 +63,21 @@ def test_doctor_finds_nothing(tool: Tool, server: Server) -> None:
     assert max(map(len, shown.out.splitlines())) <= 80
 
 
+def test_doctor_starts_no_server(
+    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedded server that is not running is a finding: it is named, and stays stopped."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("EVENTBUS_URL", "embedded://absent")
+    for words in ([], ["--url", "embedded://absent"]):
+        shown = tool("doctor", *words)
+        level, text = findings(shown.out)["reachable"]
+        assert (shown.code, level) == (3, "fail")
+        assert "'absent' is not running" in text
+        assert "eventbus server start absent" in text
+    assert tool("server", "status", "absent").out.startswith("stopped")
+
+
 def test_doctor_of_a_restricted_user(tool: Tool, own: tuple[Server, Redis]) -> None:
     """A user with exactly the rules that `acl` prints may do all; what it may not ask is said."""
     server, client = own
