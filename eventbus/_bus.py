@@ -25,11 +25,11 @@ from eventbus._messages import Buffer, Health, Message, Receipt, Stats
 from eventbus._patterns import escape
 from eventbus._publisher import Middleware
 from eventbus._reports import Reports
+from eventbus._router import PROBE_PREFIX
 from eventbus._routes import Declarations, Messages, Route, Router, patterns_of
 from eventbus._run import Run
 from eventbus._settings import Settings
 from eventbus.transports import transport_for
-from eventbus.transports.base import PROBE_PREFIX
 
 E = TypeVar("E")
 M = TypeVar("M", bound=Middleware)

@@ -27,11 +27,10 @@ from eventbus._lanes import Item, Lane, Options, Pool, Target
 from eventbus._messages import EMPTY, Gap, HandlerStats
 from eventbus._patterns import MAX_NAME, Pattern, decode_name, literal_prefix, tokenize
 from eventbus._reports import Reports, finish
-from eventbus._router import Command, Router, Subscription, wanted
+from eventbus._router import PROBE_PREFIX, Command, Router, Subscription, wanted
 from eventbus._sequences import Inbound
 from eventbus._settings import Settings
 from eventbus._targets import Channel, Choice
-from eventbus.transports.base import PROBE_PREFIX
 
 _MAX_CHANNELS = 8192
 """Channels whose routes are remembered, per subscription."""
@@ -362,7 +361,7 @@ class Receiver:
                 static = lane.plan.static(captures, self._bus)
             shown = MappingProxyType(captures) if captures else EMPTY
             targets.append(Target(lane, name, pattern.text, shown, static))
-        if channel.startswith(PROBE_PREFIX):
+        if PROBE_PREFIX in channel:
             first = False  # what buses say to themselves is no message
         known = Channel(channel, targets, first)
         if len(wire) > MAX_NAME:

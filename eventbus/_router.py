@@ -22,6 +22,9 @@ from typing import Generic, NamedTuple, TypeVar
 from eventbus._index import Index, Shape, glob_shape, name_shape
 from eventbus._patterns import Pattern
 
+PROBE_PREFIX = b"__eventbus__:"
+"""Channels that begin so, alone or after a namespace, are of the buses themselves: no messages."""
+
 
 class Subscription(NamedTuple):
     """What the server is asked for: `pattern` says PSUBSCRIBE, `name` is without the namespace."""
@@ -224,14 +227,14 @@ class Router(Generic[R]):
     def resolve(self, carrier: Subscription, channel: bytes) -> tuple[list[Match[R]], bool]:
         """The routes that get a frame of this channel that came through this subscription, and
         whether this copy is the one that counts (the first of several on the wire)."""
-        hidden = channel.startswith(b"__")
+        hidden = 0 if channel.startswith(b"__") else channel.find(PROBE_PREFIX)
         best: dict[R, tuple[int, Subscription, Match[R]]] = {}
         for subscription in self._wanted.above(channel, channel, channel):
             through = self._carrier.get(subscription)
             if through is None:
                 continue
             for route, pattern, order in self._entries[subscription]:
-                if hidden and not pattern.prefix.startswith(b"__"):
+                if hidden >= 0 and not pattern.prefix.startswith(b"__", hidden):
                     continue
                 known = best.get(route)
                 if known is not None and known[0] < order:

@@ -2026,6 +2026,26 @@ async def test_namespace_hides_by_its_own_names(url: str) -> None:
     assert seen == ["__a"]
 
 
+async def test_what_buses_of_another_namespace_say_to_themselves_is_no_message(url: str) -> None:
+    """The probe of a bus with a namespace reaches only patterns that literally name it, and counts
+    as a message nowhere; a channel that only looks like it is a message."""
+    bus = EventBus(url)
+    seen: list[tuple[str, str]] = []
+
+    @bus.on("*", "ns:*", "{stage}:{rest:path}", "ns:__*", "ns:[_]*")
+    async def handler(message: Message[bytes]) -> None:
+        seen.append((message.pattern, message.channel))
+
+    async with bus:
+        await bus.publish_raw("ns:__eventbus__:0123456789abcdef", b"")
+        received = bus.stats().received
+        await bus.publish_raw("ns:__events", b"")
+    assert (seen, received) == (
+        [("ns:__*", "ns:__eventbus__:0123456789abcdef"), ("*", "ns:__events")],
+        0,
+    )
+
+
 # The bare wire
 
 

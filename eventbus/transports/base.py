@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from eventbus._router import Command, Subscription
+from eventbus._router import PROBE_PREFIX, Command, Subscription
 from eventbus._settings import Settings
 
-PROBE_PREFIX = b"__eventbus__:"
-"""Channels that begin so are those of the buses themselves: no messages."""
 BEAT = PROBE_PREFIX + b"beat"
 """The channel on which sources announce their last numbers (`beat=True`)."""
 

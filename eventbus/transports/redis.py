@@ -16,14 +16,14 @@ from redis.backoff import FullJitterBackoff
 
 from eventbus._errors import BusClosed, BusUnavailable, EventBusError, PermissionDenied
 from eventbus._reports import logger
-from eventbus._router import Command
+from eventbus._router import PROBE_PREFIX, Command
 from eventbus._settings import Settings
 from eventbus.transports._endpoint import Endpoint, describe_error, is_hopeless
 from eventbus.transports._inbox import Inbox
 from eventbus.transports._link import Link
 from eventbus.transports._liveness import Liveness
 from eventbus.transports._outbox import Outbox
-from eventbus.transports.base import BEAT, PROBE_PREFIX, Outgoing, Sink, Status
+from eventbus.transports.base import BEAT, Outgoing, Sink, Status
 
 _SLOW = 30.0
 """Seconds between attempts with credentials that were refused, and between those for denied
