@@ -1,4 +1,4 @@
-"""What `import eventbus` costs a program that would import its ingredients anyway.
+"""What importing a bus costs a program that would import its ingredients anyway.
 
 Whole-process CPU (user and system) of `python FILE`, read from the kernel when the child ends. Runs
 of the two files alternate, and each run starts its file several times, since one start differs from
@@ -25,7 +25,7 @@ class Sent(BaseModel):
     user: str
     text: str
 """,
-    "eventbus": "import eventbus\n",
+    "eventbus": "from eventbus import Event, EventBus\n",
 }
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -104,11 +105,49 @@ def test_page(page: Path, valkey: Server, tmp_path: Path, monkeypatch: pytest.Mo
         assert sorted(VARYING.sub("…", shown).splitlines()) == sorted(PRINTED[name])
 
 
+@pytest.mark.timeout(40)
+def test_two_processes(tmp_path: Path) -> None:
+    """The program that the quick start runs twice shows in each what both say."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    program = page.partition('title="chat.py"\n')[2].partition("```")[0]
+    (tmp_path / "chat.py").write_text(program, encoding="utf-8")
+    known = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    alice, bob = (
+        subprocess.Popen(
+            [sys.executable, "chat.py", user], cwd=tmp_path, env=known, stdout=PIPE, text=True
+        )
+        for user in ("alice", "bob")
+    )
+    try:
+        for process in (alice, bob):
+            assert process.stdout is not None
+            said: set[str] = set()
+            for line in process.stdout:
+                said.add(re.sub(r" hi \d\n", "", line))
+                if said == {"[lobby] alice:", "[lobby] bob:"}:
+                    break
+            assert said == {"[lobby] alice:", "[lobby] bob:"}
+    finally:
+        for process in (alice, bob):
+            with process:
+                process.kill()
+        run("-m", "eventbus.server", "stop", XDG_RUNTIME_DIR=str(tmp_path))
+
+
 def test_no_block_is_overlooked() -> None:
-    """Every fence that opens a Python block is found, also inside lists and admonitions."""
+    """Every fence that opens a Python block is found, also inside lists and admonitions; what is a
+    file instead has its name, and is run by a test of its own."""
+    files: list[tuple[str, str]] = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert text.count("```python") == len(list(BLOCK.finditer(text))), page.name
+        files += [(page.name, rest) for rest in re.findall(r"```py\b(.*)", text)]
+    assert files == [
+        ("quickstart.md", ' title="chat.py"'),
+        ("testing.md", ' title="shop.py"'),
+        ("testing.md", ' title="conftest.py"'),
+        ("testing.md", ' title="test_shop.py"'),
+    ]
 
 
 def test_readme_begins_with_the_two_commands() -> None:
