@@ -240,9 +240,8 @@ def embedded(name: str = "default") -> str:
         return "unix://" + quote(path)
 
 
-@contextlib.contextmanager
-def _shared(name: str) -> Generator[str]:
-    """Give the socket path of a shared server, to one process (or thread) at a time."""
+def _place(name: str) -> str:
+    """The folder of a shared server, which may not be there."""
     if not re.fullmatch(r"\w[\w.-]{0,31}", name, re.ASCII):
         raise ValueError(f"bad server name {name!r}: 1 to 32 letters, digits, '_', '.', '-'")
     parent = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -251,8 +250,14 @@ def _shared(name: str) -> Generator[str]:
         parent = os.path.join(parent, "eventbus")
     else:
         parent = os.path.join(tempfile.gettempdir(), f"eventbus-{os.getuid()}")
-    folder = os.path.join(parent, name)
-    _own(parent)
+    return os.path.join(parent, name)
+
+
+@contextlib.contextmanager
+def _shared(name: str) -> Generator[str]:
+    """Give the socket path of a shared server, to one process (or thread) at a time."""
+    folder = _place(name)
+    _own(os.path.dirname(folder))
     _own(folder)
     # The file stays for ever: after its removal two could hold "the" lock.
     with open(os.path.join(folder, "lock"), "wb") as file:
@@ -301,6 +306,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.action == "start":
             print(embedded(arguments.name))
             return 0
+        folder = _place(arguments.name)
+        if arguments.action == "status" and not os.path.lexists(folder):  # a question makes none
+            print("stopped", "unix://" + quote(os.path.join(folder, "server.sock")))
+            return 1
         with _shared(arguments.name) as path:
             state = _state(path)
             if arguments.action == "status":

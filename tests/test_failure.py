@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -431,6 +432,27 @@ async def test_by_default_a_publish_during_an_outage_fails_for_certain(
 
         assert bus.stats().refused >= 1
         assert -5 not in seen
+
+
+async def test_in_a_long_outage_a_publish_is_refused_at_once_and_says_why(
+    server: Server, log: Lines
+) -> None:
+    """Away for longer than a publish waits, the next one is refused with how long that is, and not
+    with a time in which nothing was tried."""
+    bus, _, _ = listener(server.url, publish_timeout=0.3)
+    async with bus:
+        await down(bus, server, log)
+        said = set[str]()
+        async with asyncio.timeout(15):
+            while len(said) < 2:
+                with pytest.raises(BusUnavailable) as caught:
+                    await bus.publish(Note(to="a", n=1))
+                about = re.sub(r"\d+\.\d", "N", str(caught.value).split("): ")[1])
+                said.add(about)
+    assert said == {
+        "after N s the message is given up; certainly not sent",
+        "for N s now, so the message is refused at once; certainly not sent",
+    }
 
 
 async def test_drop_drops_and_counts(server: Server, log: Lines) -> None:

@@ -485,6 +485,12 @@ def test_main(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_a_question_leaves_nothing(home: Path) -> None:
+    """status for a server that never was makes no folder."""
+    assert main(["status", "never"]) == 1
+    assert not (home / "eventbus" / "never").exists()
+
+
 def test_main_stop_waits(home: Path) -> None:
     """When stop returns, the socket is free for the next start."""
     pids = set()
@@ -508,7 +514,7 @@ def test_silent_shared_server(
 ) -> None:
     """A shared socket that takes connections and never answers is reported, never replaced."""
     monkeypatch.setattr(server, "_STOP_DEADLINE", 0.05)
-    main(["status"])
+    main(["stop"])
     path = str(home / "eventbus" / "default" / "server.sock")
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(path)
@@ -524,7 +530,7 @@ def test_silent_shared_server(
 
 def test_refused_shutdown(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A server that does not let us stop it is reported with its own words."""
-    main(["status"])
+    main(["stop"])
     folder = home / "eventbus" / "default"
     with Server(folder, options=("--requirepass", "secret")) as running:
         assert main(["stop"]) == 1
@@ -540,7 +546,7 @@ def test_without_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
         else:
             monkeypatch.setenv("XDG_RUNTIME_DIR", unusable)
-        main(["status"])
+        main(["stop"])
         folder = tmp_path / f"eventbus-{os.getuid()}"
         assert folder.stat().st_mode & 0o777 == 0o700
         shutil.rmtree(folder)
@@ -561,7 +567,7 @@ def test_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder.unlink()
     folder.mkdir()
     folder.chmod(0o755)
-    main(["status"])
+    main(["stop"])
     assert folder.stat().st_mode & 0o777 == 0o700
     user = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: user)

@@ -352,9 +352,11 @@ class Outbox:
         waited = now - outgoing.born
         why = "could not be written to" if self._link is not None else "cannot be reached at"
         reason = "" if self._link is not None else f" ({self._reason})"
+        how = f"after {waited:.1f} s the message is given up"
+        if not waited:  # longer than a publish waits
+            how = f"for {now - self._away_since:.1f} s now, so the message is refused at once"
         return BusUnavailable(
-            f"Redis {why} {self._shown}{reason}: after {waited:.1f} s the message is given up;"
-            " certainly not sent",
+            f"Redis {why} {self._shown}{reason}: {how}; certainly not sent",
             channel=self._name(outgoing),
             id=outgoing.id,
             waited=waited,
