@@ -6,7 +6,9 @@ event to the bytes on the wire, and from bytes to the message that a handler wou
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import json
 import logging
 from collections.abc import Awaitable
@@ -96,3 +98,17 @@ def foreign(data: object = None, **attributes: Any) -> bytes:
     event = {"data": data, "type": "Note", "source": "/other", "id": "7", "specversion": "1.0"}
     event |= attributes
     return json.dumps({k: v for k, v in event.items() if v is not None}).encode()
+
+
+async def evaluate(source: str, names: dict[str, Any]) -> Any:
+    """What a line of Python gives (None for a statement); `await` may stand in it."""
+    kind = "eval"
+    try:
+        code = compile(source, "line", "eval", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    except SyntaxError:
+        kind = "exec"
+        code = compile(source, "line", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    found = eval(code, names)
+    if inspect.isawaitable(found):
+        found = await found
+    return found if kind == "eval" else None

@@ -1,4 +1,5 @@
-"""What the tests of `make cluster` share: the folder of Node programs, with its packages installed.
+"""What the tests of `make cluster` share: the folder of Node programs, with its packages installed,
+and the browser.
 
 Nothing here skips: who asks for these tests gets them, or one sentence that says what is missing.
 """
@@ -9,10 +10,21 @@ import fcntl
 import hashlib
 import shutil
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from playwright.async_api import Browser
+
+ARGUMENTS = """
+--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync
+""".split()
+LIMIT = 30_000
+"""Milliseconds that the browser waits for what must become true."""
 NODE = Path(__file__).parent / "node"
 OLDEST = 20
 """The oldest Node.js that the pinned client of Redis runs on."""
@@ -59,3 +71,19 @@ def node_modules() -> Path:
                 pytest.fail(f"npm ci failed in {NODE}:\n{done.stderr[-2000:]}", pytrace=False)
             stamp.write_text(wanted)
     return NODE
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """Debian's Chromium, without a window."""
+    try:
+        from playwright.async_api import async_playwright, expect
+    except ModuleNotFoundError:
+        pytest.fail("playwright is missing: pip install 'eventbus-redis[cluster]'")
+    if (path := shutil.which("chromium")) is None:
+        pytest.fail("chromium is missing: apt install chromium")
+    expect.set_options(timeout=LIMIT)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        await browser.close()

@@ -7,7 +7,6 @@ docs/chat.md again.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,32 +21,12 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
-ARGUMENTS = """
---no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync
-""".split()
 DESKTOP, PHONE = (1000, 620), (390, 700)
 LIMIT = 30_000
 """Milliseconds that the browser waits for what must become true."""
 PICTURES = os.environ.get("EVENTBUS_SCREENSHOTS")
 
 Open = Callable[..., Awaitable["Page"]]
-
-
-@pytest.fixture(scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """Debian's Chromium, without a window."""
-    try:
-        from playwright.async_api import async_playwright, expect
-    except ModuleNotFoundError:
-        pytest.fail("playwright is missing: pip install 'eventbus-redis[cluster]'")
-    if (path := shutil.which("chromium")) is None:
-        pytest.fail("chromium is missing: apt install chromium")
-    expect.set_options(timeout=LIMIT)
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
-        await browser.close()
 
 
 @pytest.fixture

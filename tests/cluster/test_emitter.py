@@ -24,53 +24,29 @@ from eventbus import BusUnavailable, EventBus, PublishUncertain
 from eventbus.server import Server
 from eventbus.socketio import Emitter
 from tests.helpers import soon
+from tests.socketio.node import Program, program
 
 pytestmark = pytest.mark.cluster
 LIMIT = 60.0
 """Seconds for one line of a program: it is there at once, but the machine may be busy."""
 
 
-class Program:
-    """A program of Node.js that speaks JSON, one value a line."""
+class Side(Program):
+    """A program whose lines are waited for, one after the other."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
+        super().__init__(process)
         self.said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     async def read(self) -> None:
-        assert self.process.stdout
-        async for line in self.process.stdout:
-            self.said.put_nowait(json.loads(line))
-        self.said.put_nowait({"ended": True})  # who waits for a line fails at once
+        await super().read()
+        self.hear({"ended": True})  # who waits for a line fails at once
+
+    def hear(self, said: Any) -> None:
+        self.said.put_nowait(said)
 
     async def line(self) -> dict[str, Any]:
         return await soon(self.said.get(), LIMIT)
-
-    def tell(self, **order: object) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(order).encode() + b"\n")
-
-
-@asynccontextmanager
-async def program(folder: Path, *words: str) -> AsyncIterator[Program]:
-    """It runs, and has ended afterwards: by itself when its stdin closes, or else by force."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        "node", *words, cwd=folder, stdin=pipe, stdout=pipe, limit=1 << 24
-    )
-    started = Program(process)
-    reader = asyncio.create_task(started.read())
-    try:
-        yield started
-        assert process.returncode is None, f"{words[0]} ended by itself"
-        assert process.stdin
-        process.stdin.close()
-        await soon(process.wait(), LIMIT)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        await reader
 
 
 class Client:
@@ -94,7 +70,7 @@ class Cluster:
 
     def __init__(self, redis: Server, key: str) -> None:
         self.redis, self.key = redis, key
-        self.servers: list[Program] = []
+        self.servers: list[Side] = []
         self.ports: list[int] = []
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
@@ -104,10 +80,12 @@ class Cluster:
         options = json.dumps({"redis": self.redis.url, "key": self.key})
         async with AsyncExitStack() as stack:
             for _ in range(2):
-                server = await stack.enter_async_context(program(folder, "server.mjs", options))
+                server = await stack.enter_async_context(
+                    program(Side, folder, "server.mjs", options)
+                )
                 self.servers.append(server)
                 self.ports.append((await server.line())["ready"])
-            self._holder = await stack.enter_async_context(program(folder, "client.mjs"))
+            self._holder = await stack.enter_async_context(program(Side, folder, "client.mjs"))
             sorter = asyncio.create_task(self._sort())
             yield self
             sorter.cancel()

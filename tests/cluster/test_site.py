@@ -7,7 +7,6 @@ and the width of a phone.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = """
---no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync
-""".split()
 LIMIT = 60_000
 """Milliseconds that the browser waits for what must become true."""
 PHONE = (390, 844)
@@ -92,21 +87,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """Debian's Chromium, without a window."""
-    try:
-        from playwright.async_api import async_playwright
-    except ModuleNotFoundError:
-        pytest.fail("playwright is missing: pip install 'eventbus-redis[cluster]'")
-    if (path := shutil.which("chromium")) is None:
-        pytest.fail("chromium is missing: apt install chromium")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
-        await browser.close()
 
 
 @pytest.fixture

@@ -9,9 +9,7 @@ namespace), `connect`, `heard` and whatever an earlier line has left. The answer
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import inspect
 import json
 import sys
 from contextlib import AsyncExitStack
@@ -19,6 +17,7 @@ from typing import Any
 
 from eventbus import EventBus
 from eventbus.rooms import Client, Rooms
+from tests.helpers import evaluate
 
 FENCE = "fence"
 
@@ -101,18 +100,6 @@ class Space:
     async def heard(self) -> list[list[list[Any]]]:
         return [await seat.heard() for seat in self.seats]
 
-    async def run(self, source: str) -> Any:
-        kind = "eval"
-        try:
-            code = compile(source, "line", "eval", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        except SyntaxError:
-            kind = "exec"
-            code = compile(source, "line", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        found = eval(code, self.names)
-        if inspect.isawaitable(found):
-            found = await found
-        return found if kind == "eval" else None
-
 
 def plain(value: Any) -> Any:
     """What JSON has no form for."""
@@ -133,7 +120,7 @@ async def main(url: str) -> None:
                 if name not in spaces:
                     spaces[name] = Space(bus, name, stack)
                     await spaces[name].start()
-                answer = [await spaces[name].run(source), None]
+                answer = [await evaluate(source, spaces[name].names), None]
             except Exception as error:
                 answer = [None, f"{type(error).__name__}: {error}"]
             print(json.dumps(answer, default=plain), flush=True)

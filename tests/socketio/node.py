@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.helpers import soon
 from tests.socketio.stage import LIMIT, Guest, Remote
@@ -45,33 +45,72 @@ class NodeGuest(Guest):
         return await soon(self.replies.get(), LIMIT)
 
 
-class House:
-    """The program that has the clients."""
+class Program:
+    """A program of Node.js that speaks JSON, one value a line."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self._guests: dict[str, NodeGuest] = {}
 
     async def read(self) -> None:
-        """Hand on what the clients hear, until the program ends."""
+        """Hand on what it says, until it ends."""
         assert self._process.stdout
         async for line in self._process.stdout:
-            said = rich(json.loads(line))
-            guest = self._guests[said["client"]]
-            if "connected" in said:
-                guest.connected.set_result(said["connected"])
-            elif "refused" in said:
-                guest.connected.set_exception(ConnectionError(said["refused"]))
-            elif "event" in said:
-                guest.seen.append(tuple(said["event"]))
-            elif "reply" in said:
-                guest.replies.put_nowait(said["reply"])
-            else:
-                guest.gone.set()
+            self.hear(json.loads(line))
+
+    def hear(self, said: Any) -> None:
+        raise NotImplementedError
 
     def tell(self, **order: Any) -> None:
         assert self._process.stdin
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
+
+
+P = TypeVar("P", bound=Program)
+
+
+@asynccontextmanager
+async def program(kind: type[P], folder: Path, *words: str) -> AsyncIterator[P]:
+    """It runs, and has ended afterwards: by itself when its stdin closes, or else by force."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        "node", *words, cwd=folder, stdin=pipe, stdout=pipe, limit=1 << 24
+    )
+    started = kind(process)
+    reader = asyncio.create_task(started.read())
+    try:
+        yield started
+        assert process.returncode is None, f"{words[0]} ended by itself"
+        assert process.stdin
+        process.stdin.close()
+        await soon(process.wait(), LIMIT)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        await reader
+
+
+class House(Program):
+    """The program that has the clients."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        super().__init__(process)
+        self._guests: dict[str, NodeGuest] = {}
+
+    def hear(self, said: Any) -> None:
+        """Hand on what a client hears."""
+        said = rich(said)
+        guest = self._guests[said["client"]]
+        if "connected" in said:
+            guest.connected.set_result(said["connected"])
+        elif "refused" in said:
+            guest.connected.set_exception(ConnectionError(said["refused"]))
+        elif "event" in said:
+            guest.seen.append(tuple(said["event"]))
+        elif "reply" in said:
+            guest.replies.put_nowait(said["reply"])
+        else:
+            guest.gone.set()
 
     async def guest(
         self, remote: Remote, *rooms: str, namespace: str = "/", answer: Any = None
@@ -88,19 +127,5 @@ class House:
 @asynccontextmanager
 async def house(folder: Path) -> AsyncIterator[House]:
     """A program for clients; none is left afterwards."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        "node", "manager_client.mjs", cwd=folder, stdin=pipe, stdout=pipe, limit=1 << 24
-    )
-    found = House(process)
-    reader = asyncio.create_task(found.read())
-    try:
+    async with program(House, folder, "manager_client.mjs") as found:
         yield found
-        assert process.stdin
-        process.stdin.close()
-        await soon(process.wait(), LIMIT)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        await reader

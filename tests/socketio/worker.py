@@ -12,9 +12,7 @@ or `[null, error]`. What a client says, all others are told. It ends with its st
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import inspect
 import json
 import logging
 import os
@@ -27,6 +25,7 @@ from aiohttp import web
 import eventbus.socketio.manager as module
 from eventbus import EventBus, Gap
 from eventbus.socketio import Manager
+from tests.helpers import evaluate
 
 
 class Stage:
@@ -76,17 +75,8 @@ class Stage:
 
     async def run(self, request: web.Request) -> web.Response:
         source = await request.text()
-        kind = "eval"
         try:
-            try:
-                code = compile(source, "line", "eval", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-            except SyntaxError:
-                kind = "exec"
-                code = compile(source, "line", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-            found = eval(code, self.names)
-            if inspect.isawaitable(found):
-                found = await found
-            answer = [found if kind == "eval" else None, None]
+            answer = [await evaluate(source, self.names), None]
         except Exception as error:
             answer = [None, f"{type(error).__name__}: {error}"]
         return web.Response(text=json.dumps(answer, default=repr))
