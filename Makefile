@@ -29,7 +29,7 @@ help:
 	@echo "make check     lint, format, types, documentation"
 	@echo "make coverage  the test suite again, measured, and its gates"
 	@echo "make faults    the long fault tests, the fuzzer and the soak; and the tables of docs/reliability.md"
-	@echo "make cluster   the chat in a real browser, and real Socket.IO clients of Node.js"
+	@echo "make cluster   the chat in a browser, Socket.IO clients of Node.js, and Prometheus"
 	@echo "make chat-load 2,000 clients of the chat, with an outage in the middle"
 	@echo "make package   wheel and sdist, built, and tried in empty environments"
 	@echo "make bench     our speed beside other clients; ARGS=--quick for a short run"

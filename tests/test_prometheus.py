@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "observability.md"
 DASHBOARD = ROOT / "docs" / "grafana-dashboard.json"
 DURATION = "eventbus_handler_duration_seconds"
+UNITS = {"bytes", "cps", "s", "short"}
+"""Units that Grafana knows."""
 
 
 class Note(Event, channel="note:{number}"):
@@ -525,6 +527,42 @@ async def test_the_dashboard_uses_what_there_is(known: set[str]) -> None:
     for panel in panels:
         assert panel["targets"], panel["title"]
         assert panel["datasource"] == {"type": "prometheus", "uid": "${source}"}
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    """Nothing asks for an id, a data source or a unit that another Grafana has not: all are asked
+    of the one that is chosen at the top, and the panels lie side by side on 24 columns."""
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    assert (variables["source"]["type"], variables["source"]["query"]) == (
+        "datasource",
+        "prometheus",
+    )
+    assert "id" not in board
+    assert 30 < board["schemaVersion"] <= 42  # that of Grafana 13, which brings older ones up to it
+
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    targets = [target for panel in panels for target in panel["targets"]]
+    asked = [*targets, *(one for one in variables.values() if one["type"] == "query")]
+    assert {json.dumps(one["datasource"]) for one in asked} == {
+        '{"type": "prometheus", "uid": "${source}"}'
+    }
+    named = re.findall(r"\$\{?(\w+)", json.dumps(board["panels"]))
+    assert {*named} <= {*variables, "__rate_interval"}
+    assert {panel["fieldConfig"]["defaults"]["unit"] for panel in panels} <= UNITS
+    for panel in panels:
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        columns = range(place["x"], place["x"] + place["w"])
+        rows = range(place["y"], place["y"] + place["h"])
+        cells = {(x, y) for x in columns for y in rows}
+        assert columns.start >= 0 < len(cells), panel["title"]
+        assert columns.stop <= 24, panel["title"]
+        assert not cells & taken, panel["title"]
+        taken |= cells
 
 
 async def test_the_page_names_what_there_is(known: set[str]) -> None:
