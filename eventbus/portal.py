@@ -47,7 +47,7 @@ class Portal:
         self._pid = os.getpid()
         self._ready: Future[None] = Future()
         self._selector = selectors.DefaultSelector()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.SelectorEventLoop(self._selector)
         self._over = asyncio.Event()
         self._ended = False
         self._failed_at = 0.0
@@ -58,6 +58,7 @@ class Portal:
             try:
                 self._thread.start()
             except RuntimeError as error:
+                self._loop.close()
                 raise BusClosed("the interpreter is ending: no publisher can start") from error
             _portals.add(self)
 
@@ -95,7 +96,7 @@ class Portal:
         answer: Future[T] = Future()  # made first: an interrupt may come between any two lines
         try:
             with guard:
-                if self._ended or self._loop is None:
+                if self._ended:
                     raise BusClosed("the publisher was closed meanwhile; certainly not sent")
                 self._answers.add(answer)
                 self._loop.call_soon_threadsafe(self._begin, work, answer)
@@ -131,11 +132,10 @@ class Portal:
         task.add_done_callback(settle)
 
     def end(self) -> None:
-        """Ask the loop to come to its end."""
-        with guard:
-            if self._loop is None:
-                self._over.set()  # nobody waits for it yet
-            elif not self._ended and self._pid == os.getpid():
+        """Ask the loop to come to its end. Takes no lock: the garbage collector may ask, in a
+        thread that is just being started by one that holds the guard."""
+        if self._pid == os.getpid():
+            with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._over.set)
 
     def close(self, patience: float) -> None:
@@ -148,7 +148,7 @@ class Portal:
 
     def _main(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=self._make_loop) as runner:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._live())
         finally:
             self._leave()
@@ -156,12 +156,7 @@ class Portal:
                 if not answer.done():
                     answer.set_exception(BusClosed("the publisher was closed meanwhile"))
 
-    def _make_loop(self) -> asyncio.AbstractEventLoop:
-        return asyncio.SelectorEventLoop(self._selector)
-
     async def _live(self) -> None:
-        with guard:
-            self._loop = asyncio.get_running_loop()
         try:
             await self._bus.start()
         except BaseException as error:
@@ -192,7 +187,7 @@ class Portal:
             still.set()
             go_on.wait()
 
-        if self._loop is not None and not self.is_here():
+        if not self.is_here():
             self._loop.call_soon_threadsafe(stand)
             still.wait(_STILL)
 

@@ -36,6 +36,7 @@ from eventbus import (
     PermissionDenied,
 )
 from eventbus.blocking import Publisher
+from eventbus.portal import guard
 from eventbus.server import Server
 from tests.faults.controller import Controller
 from tests.helpers import Seen, soon
@@ -272,6 +273,18 @@ async def test_forgotten(private: Server) -> None:
     del publisher
     gc.collect()
     await until(lambda: clients(private) == 0)
+
+
+def test_forgotten_while_another_begins() -> None:
+    """Letting go of a publisher waits for nobody: the garbage collector does it in any thread, also
+    in one that is waited for by who makes the next publisher ready."""
+    held = [Publisher("memory://forgotten")]
+    held[0].publish(Note(to="a"))
+    thread = threading.Thread(target=held.clear)
+    with guard:
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 async def test_threads_share_one_connection(private: Server) -> None:
