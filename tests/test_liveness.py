@@ -89,6 +89,25 @@ async def test_a_publisher_on_another_node_is_noticed_at_once(
             assert [gap.reason for gap in gaps] == ["reconnect"]
 
 
+async def test_a_subscriber_on_another_node_is_noticed_at_once(
+    server: Server, other: Server, log: Lines
+) -> None:
+    """The same when it is the subscriber that connects again, elsewhere: the fence is tried when
+    its probe can be heard, and not a heartbeat later."""
+    async with Proxy(server.port) as proxy:
+        bus, seen, gaps = listener(proxy.url, heartbeat=60.0)
+        async with bus:
+            [subscriber] = [pair for pair in proxy.living() if pair.role == "subscriber"]
+            proxy.retarget(other.port)
+            subscriber.cut()
+            await log.hear("different nodes")
+            await soon(gaps.reach(1))
+            await publish_until(bus, lambda: len(seen) > 0)
+
+            assert await publish_at(server, 7) == [0]
+            assert await publish_at(other, 8) == [1]
+
+
 async def test_without_a_heartbeat_a_wrong_node_starves_the_bus(
     server: Server, other: Server, log: Lines
 ) -> None:

@@ -57,6 +57,8 @@ class Inbox:
         self._patterns: dict[bytes, Subscription] = {}
         self.probe_live = False
         self.probe_denied = False
+        self.on_probe_answered: Callable[[], None] = lambda: None
+        """Called when it is known whether the probe can be heard on this connection."""
         self.connections = 0
         """How many connections there were."""
 
@@ -186,6 +188,7 @@ class Inbox:
                 logger.warning("Redis denies the channel of the beats: nothing is compared")
         elif not subscription.pattern and subscription.name == self._probe:
             self.probe_live, self.probe_denied = not refused, refused
+            self.on_probe_answered()
         elif refused:
             self.send(self._sink.refused(subscription))
         elif item.subscribe:

@@ -115,7 +115,7 @@ class Liveness:
             self._outbox.ask(command(b"PUBLISH", self._probe, token), published)
 
     def beat_now(self) -> None:
-        """A first beat, as soon as both connections are there."""
+        """A first beat: as soon as both connections are there, and when the probe can be heard."""
         self._publish_denied = False
         self._beat()
 

@@ -211,6 +211,7 @@ class RedisTransport:
             self._liveness = Liveness(
                 inbox, outbox, settings.heartbeat, probe, check_role=self._endpoint.is_sentinel
             )
+            inbox.on_probe_answered = self._liveness.beat_now
         for keeper in (self._subscriber, self._publisher):
             self._tasks.append(loop.create_task(keeper.run(), name="eventbus connection"))
         await self._connected

@@ -51,7 +51,7 @@ def test_doctor_finds_nothing(tool: Tool, server: Server) -> None:
     """On a fresh server with an application all is well, in 80 columns, and the code is 0."""
     shown = tool("doctor", *APP, "--url", server.url)
     found = findings(shown.out)
-    assert (shown.code, shown.err) == (0, "")
+    assert (shown.code, shown.err) == (0, ""), shown.out
     assert shown.out.endswith("0 faults, 0 warnings\n")
     assert {level for level, _ in found.values()} == {"ok", "info"}
     expected = "client reachable end_to_end round_trip user server output_buffer patterns rules"
